@@ -1,0 +1,1 @@
+"""Scores that carry their error bars and their decoding settings."""

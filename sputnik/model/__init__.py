@@ -1,0 +1,1 @@
+"""The DeepSeek-V3 network and its dense relatives, one `Transformer`; Hugging Face checkpoints in and out."""

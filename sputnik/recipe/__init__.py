@@ -1,0 +1,1 @@
+"""Recipes: stages in order with lineage, and the report over a run."""

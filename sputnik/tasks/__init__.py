@@ -1,0 +1,1 @@
+"""Problems and typed verdicts. Knows nothing of models."""

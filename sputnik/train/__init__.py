@@ -1,0 +1,1 @@
+"""Loops that change weights: pretraining, reinforcement learning, and the exact resume under both."""
