@@ -1,0 +1,160 @@
+"""The learner: one optimiser step of the policy objective over some samples, through the one log-probability path.
+
+A mini-batch is cut into micro-batches of similar length. The normaliser of the objective belongs to the whole mini-batch, so
+the cut changes memory and speed and not the gradient. `score` and `update` run the very same forward pass on the very same
+tensors, which is why the ratio pi / pi_old is exactly 1 in the first step after a rollout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sputnik.engine.sampler import autocast
+from sputnik.model.head import token_logprobs
+from sputnik.model.transformer import Transformer
+from sputnik.train.losses import Objective, PolicyBatch, PolicyLoss, policy_loss, token_weights
+from sputnik.train.rollout import Sample
+
+
+@dataclass
+class MicroBatch:
+    """Right-padded sequences (n, T) and, for the L answer positions, what the objective needs (n, L)."""
+
+    ids: Tensor
+    lengths: Tensor
+    rows: Tensor
+    """(M,) row and `columns` (M,) position of the hidden state that predicts each of the M answer tokens."""
+    columns: Tensor
+    targets: Tensor
+    policy: PolicyBatch
+
+
+def pack(samples: Sequence[Sample], objective: Objective, max_tokens: int, budget: int) -> list[MicroBatch]:
+    """Cut a mini-batch into micro-batches of at most `budget` padded tokens (at least one sequence each).
+
+    A sequence whose gradient is exactly zero (no advantage, no KL term) is left out after it has been counted in the
+    normaliser: it costs a forward and a backward pass and changes nothing.
+    """
+    masks = [_trained_mask(sample, objective) for sample in samples]
+    longest = max(len(mask) for mask in masks)
+    mask = torch.stack([torch.nn.functional.pad(m, (0, longest - len(m))) for m in masks])
+    weights = token_weights(mask, objective.average, max_tokens)
+    advantages = torch.tensor([sample.advantage for sample in samples])
+    work = [i for i, s in enumerate(samples) if bool(mask[i].any()) and (objective.kl_beta > 0 or s.advantage != 0)]
+    work.sort(key=lambda i: len(samples[i].generation.prompt) + len(samples[i].generation.ids))
+    batches: list[MicroBatch] = []
+    start = 0
+    for end in range(1, len(work) + 1):
+        widest = _length(samples[work[end]]) if end < len(work) else budget
+        if end == len(work) or (end + 1 - start) * widest > budget:
+            chosen = work[start:end]
+            batches.append(_micro_batch([samples[i] for i in chosen], mask[chosen], weights[chosen], advantages[chosen]))
+            start = end
+    return batches
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.generation.prompt) + len(sample.generation.ids)
+
+
+def _trained_mask(sample: Sample, objective: Objective) -> Tensor:
+    cut = objective.mask_truncated and sample.generation.finish == "length"
+    return torch.full((len(sample.generation.ids),), sample.judged and not cut)
+
+
+def _micro_batch(samples: Sequence[Sample], mask: Tensor, weights: Tensor, advantages: Tensor) -> MicroBatch:
+    lengths = torch.tensor([_length(sample) for sample in samples])
+    width = max(len(sample.generation.ids) for sample in samples)
+    ids = torch.zeros(len(samples), int(lengths.max()), dtype=torch.long)
+    sampler = torch.zeros(len(samples), width)
+    for row, sample in enumerate(samples):
+        ids[row, : lengths[row]] = torch.tensor([*sample.generation.prompt, *sample.generation.ids])
+        sampler[row, : len(sample.generation.ids)] = torch.tensor(sample.generation.logprobs)
+    mask = mask[:, :width].contiguous()
+    prompts = torch.tensor([len(sample.generation.prompt) for sample in samples])
+    rows, answer_positions = mask.nonzero(as_tuple=True)
+    columns = prompts[rows] + answer_positions - 1
+    empty = torch.zeros(len(samples), width)
+    policy = PolicyBatch(mask, weights[:, :width], advantages, old=empty, sampler=sampler)
+    return MicroBatch(ids, lengths, rows, columns, ids[rows, columns + 1], policy)
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """One optimiser step in figures, summed over its micro-batches."""
+
+    loss: float
+    tokens: int
+    kl: float
+    clip_share: float
+    entropy: float
+    ratio_error: float
+    grad_norm: float
+    gradients_finite: bool
+
+
+class Learner:
+    """Owns the optimiser steps on `model`; `temperature` is the sampler's, so that both sides mean the same policy."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        objective: Objective,
+        temperature: float = 1.0,
+        precision: str = "bf16",
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.objective = objective
+        self.temperature = temperature
+        self.precision = precision
+        self.max_grad_norm = max_grad_norm
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch, model: Transformer) -> Tensor:
+        """(n, L) log-probabilities of the answers under `model` (the policy itself, or the reference)."""
+        with autocast(self.precision):
+            return self._logprobs(model, batch)[0]
+
+    def update(self, batches: Sequence[MicroBatch], apply: bool = True) -> UpdateStats:
+        """One clipped optimiser step over the micro-batches; without `apply`, or with a non-finite gradient, no step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts: list[PolicyLoss] = []
+        entropy = torch.zeros(())
+        for batch in batches:
+            with autocast(self.precision):
+                logprobs, batch_entropy = self._logprobs(self.model, batch)
+                part = policy_loss(logprobs, batch.policy, self.objective)
+            part.loss.backward()  # type: ignore[no-untyped-call]
+            parts.append(part)
+            entropy += batch_entropy
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        finite = bool(torch.isfinite(grad_norm))
+        if apply and finite and batches:
+            self.optimizer.step()
+        return _stats(parts, float(entropy), float(grad_norm), finite)
+
+    def _logprobs(self, model: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        hidden = model.trunk(batch.ids).hidden[batch.rows, batch.columns]
+        flat, entropy = token_logprobs(hidden, model.head_weight, batch.targets, self.temperature)
+        logprobs = flat.new_zeros(batch.policy.mask.shape).masked_scatter(batch.policy.mask, flat)
+        return logprobs, entropy.detach().sum()
+
+
+def _stats(parts: Sequence[PolicyLoss], entropy: float, grad_norm: float, finite: bool) -> UpdateStats:
+    tokens = sum(float(part.tokens) for part in parts)
+    share = 1 / tokens if tokens else 0.0
+    return UpdateStats(
+        loss=sum(float(part.loss.detach()) for part in parts),
+        tokens=int(tokens),
+        kl=share * sum(float(part.kl_sum) for part in parts),
+        clip_share=share * sum(float(part.clipped) for part in parts),
+        entropy=share * entropy,
+        ratio_error=max((float(part.ratio_error) for part in parts), default=0.0),
+        grad_norm=grad_norm,
+        gradients_finite=finite,
+    )

@@ -1,0 +1,168 @@
+"""Rollouts: questions in, judged groups of answers out.
+
+One group is G answers of the current policy to one question; each answer is parsed into thought and answer, judged by the
+task's verifier in a worker process, and rewarded. Rewards are R1-Zero's: accuracy plus format, equal weight (R1 2.2), and
+DAPO's soft overlong penalty where the objective asks for it. Nothing here changes weights.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from sputnik.engine.sampler import Generation, Sampler, SamplingParams
+from sputnik.tasks.base import Problem, Task, Verdict
+from sputnik.tasks.verify import Judgement, VerifierPool
+from sputnik.text.chat import Completion, parse, render
+from sputnik.text.tokenizer import Tokenizer
+from sputnik.train.losses import Objective, group_advantages
+
+UNJUDGED = (Verdict.BAD_GOLD, Verdict.ERROR)
+"""The fault is not the policy's: such an answer takes no part in its group's mean nor in training, and is counted."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer with everything that was decided about it."""
+
+    problem: Problem
+    generation: Generation
+    completion: Completion
+    judgement: Judgement
+    rewards: dict[str, float]
+    advantage: float = 0.0
+
+    @property
+    def reward(self) -> float:
+        return sum(self.rewards.values())
+
+    @property
+    def judged(self) -> bool:
+        return self.judgement.verdict not in UNJUDGED
+
+    def record(self, tok: Tokenizer, step: int) -> dict[str, Any]:
+        """The line of `rollouts.jsonl`."""
+        return {
+            "step": step,
+            "problem_id": self.problem.id,
+            "prompt": self.problem.prompt,
+            "completion": tok.decode(self.generation.ids),
+            "thinking": self.completion.thinking,
+            "answer": self.completion.answer,
+            "gold": self.problem.gold,
+            "verdict": self.judgement.verdict.value,
+            "detail": self.judgement.detail,
+            "rewards": self.rewards,
+            "advantage": round(self.advantage, 4),
+            "length": len(self.generation.ids),
+            "finish": self.generation.finish,
+        }
+
+
+Group = list[Sample]
+
+
+def overlong_penalty(length: int, max_tokens: int, share: float) -> float:
+    """DAPO's soft punishment: 0 up to the last `share` of the limit, then linearly down to -1 at the limit."""
+    buffer = share * max_tokens
+    return -min(1.0, max(0.0, (length - (max_tokens - buffer)) / buffer)) if buffer else 0.0
+
+
+class RolloutWorker:
+    """Asks, judges and rewards with the current weights of `sampler.model`."""
+
+    def __init__(
+        self, sampler: Sampler, tok: Tokenizer, task: Task, pool: VerifierPool, template: str, objective: Objective
+    ) -> None:
+        self.sampler = sampler
+        self.tok = tok
+        self.task = task
+        self.pool = pool
+        self.template = template
+        self.objective = objective
+        self.seconds: Counter[str] = Counter()
+        """Wall seconds by phase ("generate", "verify") since the last `collect` began."""
+
+    def collect(self, problems: Sequence[Problem], group_size: int, params: SamplingParams) -> list[Group]:
+        """One group per problem, advantages filled in."""
+        self.seconds.clear()
+        started = time.perf_counter()
+        messages = [[{"role": "user", "content": problem.prompt}] for problem in problems]
+        prompts = [render(self.tok, message, template=self.template) for message in messages]
+        drawn = self.sampler.generate([prompt.ids for prompt in prompts], params, n=group_size)
+        self.seconds["generate"] += time.perf_counter() - started
+        started = time.perf_counter()
+        groups = [
+            [self._parsed(problem, generation, prompt.in_thought) for generation in generations]
+            for problem, prompt, generations in zip(problems, prompts, drawn, strict=True)
+        ]
+        groups = self._judged(groups, params.max_tokens)
+        self.seconds["verify"] += time.perf_counter() - started
+        return [with_advantages(group, self.objective.std_normalised) for group in groups]
+
+    def _parsed(self, problem: Problem, generation: Generation, in_thought: bool) -> Sample:
+        finished = generation.finish == "stop"
+        completion = parse(self.tok, generation.ids, in_thought=in_thought, finished=finished, template=self.template)
+        verdict = Judgement(Verdict.TRUNCATED if not finished else Verdict.UNPARSEABLE, "")
+        return Sample(problem, generation, completion, verdict, {})
+
+    def _judged(self, groups: list[Group], max_tokens: int) -> list[Group]:
+        """Send finished answers to the verifiers; an unfinished one is TRUNCATED, an empty one UNPARSEABLE, unseen."""
+        asked = [s for group in groups for s in group if s.generation.finish == "stop" and s.completion.answer]
+        judgements = iter(self.pool.verify([(sample.problem, sample.completion.answer) for sample in asked]))
+        verdicts = {id(sample): next(judgements) for sample in asked}
+        return [
+            [self._rewarded(replace(s, judgement=verdicts.get(id(s), s.judgement)), max_tokens) for s in group]
+            for group in groups
+        ]
+
+    def _rewarded(self, sample: Sample, max_tokens: int) -> Sample:
+        rewards = {
+            "accuracy": float(sample.judgement.verdict is Verdict.CORRECT),
+            "format": float(sample.completion.well_formed),
+        }
+        if self.objective.overlong_share:
+            length = len(sample.generation.ids)
+            rewards["overlong"] = overlong_penalty(length, max_tokens, self.objective.overlong_share)
+        return replace(sample, rewards=rewards)
+
+
+def with_advantages(group: Group, std_normalised: bool) -> Group:
+    """Fill in the group advantages. Answers nobody could judge keep 0, and so does a group with fewer than two others."""
+    judged = [sample for sample in group if sample.judged]
+    if len(judged) < 2:
+        return group
+    rewards = torch.tensor([[sample.reward for sample in judged]])
+    advantages = iter(group_advantages(rewards, std_normalised)[0].tolist())
+    return [replace(sample, advantage=next(advantages)) if sample.judged else sample for sample in group]
+
+
+def is_useful(group: Group) -> bool:
+    """A group teaches only if its answers were rewarded differently."""
+    return any(sample.advantage != 0 for sample in group)
+
+
+def rollout_metrics(groups: Sequence[Group], task: Task) -> dict[str, Any]:
+    """What a step's answers look like; wrong, cut off and not judgeable are counted apart."""
+    samples = [sample for group in groups for sample in group]
+    if not samples:
+        return {"verdicts": {}, "useful_groups": 0.0}
+    finished = [sample for sample in samples if sample.generation.finish == "stop"]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values) if values else 0.0
+
+    return {
+        "reward": mean([sample.reward for sample in samples]),
+        "accuracy_reward": mean([sample.rewards["accuracy"] for sample in samples]),
+        "format_reward": mean([sample.rewards["format"] for sample in samples]),
+        "verdicts": dict(Counter(sample.judgement.verdict.value for sample in samples)),
+        "useful_groups": mean([float(is_useful(group)) for group in groups]),
+        "length": mean([len(sample.generation.ids) for sample in samples]),
+        "length_finished": mean([len(sample.generation.ids) for sample in finished]),
+        "truncated": 1 - len(finished) / len(samples),
+        "self_check": mean([float(task.self_checks(sample.completion.thinking)) for sample in samples]),
+    }
