@@ -1,0 +1,340 @@
+"""What a task is: random problems with a gold answer, and a verifier that says why an answer earns nothing.
+
+A task needs `name`, `generate(rng)` for one random problem and `verify(problem, answer)`. Splits, seeding and
+distinctness come from here: a problem belongs to the split its question hashes to, so no question of train is ever met
+in validation or test, whatever the seed. `load_task` finds a task by name or in a user's file; `self_check` tries it
+before a run.
+
+Left out: models, prompts' chat template, rewards. `verify` sees only the final answer, never the thought.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import random
+import re
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+
+from sputnik.config import check_keys, from_dict
+from sputnik.errors import SputnikError, TaskError
+
+Split = Literal["train", "validation", "test"]
+
+SHIPPED = (
+    ("arithmetic", "sputnik.tasks.arithmetic:Arithmetic"),
+    ("countdown", "sputnik.tasks.countdown:Countdown"),
+    ("gym", "sputnik.tasks.gym:Gym"),
+    ("math", "sputnik.tasks.math:MathFile"),
+)
+REJECTIONS = 2000  # draws in a row that bring nothing new before a family counts as dry
+
+
+class Verdict(StrEnum):
+    """Why an answer earned its reward. Only CORRECT pays; BAD_GOLD and ERROR are our fault and leave the group."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNPARSEABLE = "unparseable"
+    TRUNCATED = "truncated"
+    TIMEOUT = "timeout"
+    BAD_GOLD = "bad_gold"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and what lies behind it, e.g. the exception of a broken verifier; `detail` is mostly empty."""
+
+    verdict: Verdict
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One question. `gold` is an answer that `verify` accepts; `meta` is JSON and travels to the verifier.
+
+    `id` is filled in by `Task.problems`; it names the question, so it is the same in every run and every split seed.
+    """
+
+    prompt: str
+    gold: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A worked example for base training; deliberately not always right, as the web is not. `style` is its quality."""
+
+    prompt: str
+    thinking: str | None
+    answer: str
+    style: str
+    correct: bool = True
+
+
+Verify = Callable[[Sequence[tuple[Problem, str]]], list[Judgement]]
+
+
+class Task(ABC):
+    """A family of problems. Subclass it in one file and name that file in a recipe; see docs/tasks.md.
+
+    Options of a recipe become the fields of the class when it is a dataclass. `tolerates` names the attacks of
+    `attacks` that this task pays on purpose, e.g. ("sentence",) when the answer may stand in a sentence.
+    """
+
+    name: str = ""
+    version: str = "1"
+    tolerates: tuple[str, ...] = ()
+    longest_answer: int = 10_000  # characters; more is UNPARSEABLE before `verify` sees it
+
+    @abstractmethod
+    def generate(self, rng: random.Random) -> Problem:
+        """One random problem, drawn from `rng` alone."""
+
+    @abstractmethod
+    def verify(self, problem: Problem, answer: str) -> Verdict | bool:
+        """Judge the final answer. Pure, and must not raise whatever the text: what it cannot read is UNPARSEABLE."""
+
+    def identity(self, problem: Problem) -> str:
+        """What makes two problems the same question; the split is a hash of it."""
+        return problem.prompt
+
+    def damage(self, gold: str) -> str:
+        """A wrong answer that looks like the gold: last digit or letter changed. For the self-check."""
+        for place in range(len(gold) - 1, -1, -1):
+            if gold[place].isalnum():
+                other = {"9": "8", "z": "y", "Z": "Y"}.get(gold[place], chr(ord(gold[place]) + 1))
+                return gold[:place] + other + gold[place + 1 :]
+        return gold + "?"
+
+    def self_checks(self, thinking: str) -> bool:
+        """Does this thought look back at itself? Counted, never rewarded."""
+        return re.search(r"\b(re-?check|double-check|check|wait|verify)", thinking, re.IGNORECASE) is not None
+
+    def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
+        """Worked examples from the train split; problems may repeat when the family is small."""
+        raise TaskError(f"task {self.name!r} has no demonstrations; choose another task for base training")
+
+    def stream(self, split: Split, seed: int) -> Iterator[Problem]:
+        """Random problems of one split, perhaps repeating, each with its id; ends only if the split seems empty."""
+        rng = random.Random(_hash(f"{self.name}/{split}/{seed}"))
+        misses = 0
+        while misses < REJECTIONS:
+            try:
+                problem = self.generate(rng)
+            except SputnikError:
+                raise
+            except Exception as error:
+                raise broken_task(error, f"{type(self).__name__}.generate", type(self)) from error
+            if not isinstance(problem, Problem):
+                raise TaskError(f"task {self.name!r}: generate must return a Problem, not {type(problem).__name__}")
+            number = _hash(f"{self.name}/{self.identity(problem)}")
+            if _split_of(number) == split:
+                misses = 0
+                yield dataclasses.replace(problem, id=f"{number:016x}")
+            else:
+                misses += 1
+
+    def problems(self, split: Split, n: int, seed: int = 0) -> list[Problem]:
+        """`n` distinct problems of `split`; the same call gives the same list. TaskError if the family runs dry."""
+        found: dict[str, Problem] = {}
+        repeats = 0
+        for problem in self.stream(split, seed) if n > 0 else ():
+            if problem.id not in found:
+                found[problem.id] = problem
+                repeats = 0
+            repeats += 1
+            if len(found) == n or repeats > REJECTIONS:
+                break
+        if len(found) < n:
+            raise TaskError(f"task {self.name!r} has only {len(found)} distinct {split} problems; ask for {n} or fewer")
+        return list(found.values())
+
+    @classmethod
+    def build(cls, argument: str, options: Mapping[str, Any]) -> Self:
+        """Make the task from what stands after the colon of its spec, and its options; override where these differ."""
+        if argument:
+            raise TaskError(f"task {cls.name!r} takes no argument, but was given {argument!r}")
+        if dataclasses.is_dataclass(cls):
+            return from_dict(cls, options, f"task {cls.name!r}")
+        check_keys(options, [], f"task {cls.name!r}")
+        return cls()
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _split_of(number: int) -> Split:
+    share = number % 100
+    return "train" if share < 70 else "validation" if share < 85 else "test"
+
+
+def judge(task: Task, problem: Problem, answer: str) -> Judgement:
+    """Run the verifier once, in this process; whatever it raises becomes an ERROR that names file and line."""
+    cls = type(task)
+    if len(answer) > task.longest_answer:
+        return Judgement(Verdict.UNPARSEABLE, f"longer than {task.longest_answer} characters")
+    try:
+        verdict = task.verify(problem, answer)
+    except Exception as error:  # noqa: BLE001 - the verifier may be a user's; what it raises becomes a counted verdict
+        return Judgement(Verdict.ERROR, str(broken_task(error, f"{cls.__name__}.verify", cls)))
+    if isinstance(verdict, Verdict):
+        return Judgement(verdict)
+    if isinstance(verdict, bool):
+        return Judgement(Verdict.CORRECT if verdict else Verdict.WRONG)
+    return Judgement(Verdict.ERROR, f"{cls.__name__}.verify must return a Verdict or a bool, not {verdict!r:.80}")
+
+
+def load_task(spec: str, options: Mapping[str, Any] | None = None) -> Task:
+    """Find a task: "arithmetic", "gym:chain_sum", "math:FILE.jsonl", "path/my_task.py" or "path/my_task.py:Class"."""
+    name, _, argument = spec.partition(":")
+    if name.endswith(".py"):
+        cls = _class_from_file(Path(name), argument)
+        argument = ""
+    else:
+        homes = dict(SHIPPED)
+        if name not in homes:
+            raise TaskError(f"unknown task {name!r}; known: {', '.join(homes)}, or the path of a .py file of your own")
+        module, _, class_name = homes[name].partition(":")
+        cls = getattr(importlib.import_module(module), class_name)
+    try:
+        return cls.build(argument, options or {})
+    except SputnikError:
+        raise
+    except Exception as error:
+        raise broken_task(error, cls.__name__, cls) from error
+
+
+def _class_from_file(path: Path, class_name: str) -> type[Task]:
+    if not path.is_file():
+        raise TaskError(f"{path}: no such task file")
+    module_name = f"sputnik_user_task_{_hash(str(path.resolve())):016x}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise TaskError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module  # dataclasses look their own module up by name
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise broken_task(error, "import") from error
+    own = {
+        value.__name__: value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Task) and value.__module__ == module_name
+    }
+    if class_name and class_name not in own:
+        raise TaskError(f"{path}: no Task subclass {class_name!r}; found: {', '.join(own) or 'none'}")
+    if not class_name and len(own) != 1:
+        raise TaskError(f"{path}: name one of its Task subclasses as {path}:Class; found: {', '.join(own) or 'none'}")
+    cls = own[class_name] if class_name else next(iter(own.values()))
+    if not cls.name:
+        raise TaskError(f"{path}: give class {cls.__name__} a `name`")
+    return cls
+
+
+def broken_task(error: Exception, what: str, cls: type[Task] | None = None) -> TaskError:
+    """One line for an exception out of a task's own code: file and line, what was called, what it raised.
+
+    Of the frames the one in the file of `cls` is named, if there is one: a user wants their line, not the library's.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    home = sys.modules[cls.__module__].__file__ if cls else None
+    frames = [frame for frame in frames if frame.filename == home] or frames
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    if isinstance(error, SyntaxError) and error.filename:
+        place = f"{error.filename}:{error.lineno}"
+    reason = " ".join(str(error).split())[:300]
+    return TaskError(f"{place}: {what} raised {type(error).__name__}: {reason}")
+
+
+def _some_problems(task: Task, n: int) -> list[Problem]:
+    """Up to `n` problems from whatever splits the task has, as a worker would receive them (meta through JSON)."""
+    splits: tuple[Split, ...] = ("train", "validation", "test")
+    found = [problem for split in splits for problem in islice(task.stream(split, seed=0), n)][:n]
+    if not found:
+        raise TaskError(f"task {task.name!r} has no problems at all")
+    try:
+        return msgspec.json.decode(msgspec.json.encode(found), type=list[Problem])
+    except (TypeError, msgspec.MsgspecError) as error:
+        raise TaskError(f"task {task.name!r}: the meta of a problem must be JSON: {error}") from None
+
+
+def attacks(problem: Problem, wrong: str, golds: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Answers that know nothing, or hedge, and so must earn nothing: (name, text)."""
+    gold = problem.gold
+    yield from (("empty", ""), ("whitespace", " \n\t "), ("prompt", problem.prompt), ("inf", "inf"), ("nan", "nan"))
+    if len(set(golds)) > 1:
+        yield "options", ", ".join(sorted(set(golds)))
+    yield from (("several", f"{gold} {wrong}"), ("several", f"{wrong}\n{gold}"), ("several", f"{wrong} or {gold}"))
+    yield from (("tags", f"<answer>{gold}</answer>" * 2), ("boxes", f"\\boxed{{{wrong}}} \\boxed{{{gold}}}"))
+    yield from (("long", f"{gold} " * (1_000_000 // (len(gold) + 1))), ("long", gold + "1" * 1_000_000))
+    yield from (("control", f"\x00{gold}"), ("control", f"{gold}\x08\x1b[2J"))
+    yield "unicode_digits", gold.translate({ord("0") + digit: chr(0x660 + digit) for digit in range(10)})
+    yield "sentence", f"The answer is {gold}, I think."
+
+
+def self_check(task: Task, n: int = 32, verify: Verify | None = None) -> None:
+    """Refuse a task whose verifier pays the wrong thing, before a run learns from it.
+
+    On `n` problems the gold must be CORRECT and the damaged gold must not; on four of them every attack must earn
+    nothing, and nothing may raise. Pass a pool's `verify` to keep a verifier that hangs from hanging the caller.
+    """
+    verify = verify or (lambda items: [judge(task, problem, answer) for problem, answer in items])
+    problems = _some_problems(task, n)
+    damaged = [task.damage(problem.gold) for problem in problems]
+    for problem, judgement in zip(problems, verify([(problem, problem.gold) for problem in problems])):
+        if judgement.verdict != Verdict.CORRECT:
+            raise _refused(task, problem, "the gold answer", problem.gold, judgement)
+    tries = [(problem, "the damaged gold answer", wrong) for problem, wrong in zip(problems, damaged)]
+    golds = [problem.gold for problem in problems]
+    for problem, wrong in zip(problems[:4], damaged):
+        for name, text in attacks(problem, wrong, golds):
+            if name not in task.tolerates and text.strip().lower() != problem.gold.strip().lower():
+                tries.append((problem, f"attack {name!r}", text))
+    harmless = (Verdict.WRONG, Verdict.UNPARSEABLE)
+    for (problem, what, text), judgement in zip(tries, verify([(problem, text) for problem, _, text in tries])):
+        if judgement.verdict not in harmless:
+            raise _refused(task, problem, what, text, judgement)
+
+
+def _refused(task: Task, problem: Problem, what: str, text: str, judgement: Judgement) -> TaskError:
+    detail = f" ({judgement.detail})" if judgement.detail else ""
+    return TaskError(
+        f"task {task.name!r}: verify gives {judgement.verdict.upper()} to {what} {text[:60]!r} of problem "
+        f"{problem.prompt[:80]!r}{detail}; mend verify, or see docs/tasks.md on self-checks"
+    )
+
+
+@dataclass(frozen=True)
+class BestConstant:
+    """The single answer that does best when given to every problem, and its share correct: the floor for any score."""
+
+    answer: str
+    accuracy: float
+
+
+def best_constant(task: Task, n: int, split: Split = "test", seed: int = 0) -> BestConstant:
+    """Try the commonest gold answers, and a few everyday ones, on the same `n` problems an evaluation would use."""
+    problems = task.problems(split, n, seed)
+    common = [gold for gold, _ in Counter(problem.gold for problem in problems).most_common(8)]
+    best = BestConstant("", 0.0)
+    for answer in dict.fromkeys([*common, "0", "1", "True", "Yes", "A"]):
+        hits = sum(judge(task, problem, answer).verdict == Verdict.CORRECT for problem in problems)
+        if hits / n > best.accuracy:
+            best = BestConstant(answer, hits / n)
+    return best
