@@ -1,0 +1,214 @@
+"""Messages -> ids and ids -> (thinking, answer): the one place that knows the dialogue format.
+
+Training, evaluation and serving all call this module, so a reward can never expect another format than the prompt asked
+for. Ids are built piece by piece from the rendered Jinja template (`text/templates.py`): what the template spells
+becomes control tokens, what a person wrote goes through `Tokenizer.encode` and cannot. The way back works on token ids
+from a start state, never by searching text for "</think>".
+
+    chat:  <BOS>{system}<｜User｜>{q}<｜Assistant｜><think>\\n | {thinking}\\n</think>\\n\\n{answer}<EOS>
+           <BOS>{system}<｜User｜>{q}<｜Assistant｜></think> | {answer}<EOS>           with thinking=False
+    zero:  <BOS>{description}\\nUser: {q}\\nAssistant: | <think>{thinking}</think>\\n<answer>{answer}</answer><EOS>
+
+Left of the bar is the prompt, right of it what the model writes. Left out: tool calls.
+"""
+
+import codecs
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import jinja2
+
+from sputnik.errors import DataError
+from sputnik.text.templates import template_hash, template_source
+from sputnik.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
+
+__all__ = ["Completion", "Prompt", "StreamParser", "parse", "render", "render_example", "template_hash"]
+
+Channel = Literal["thinking", "answer"]
+ROLES = ("system", "user", "assistant")
+CONTROL = re.compile("(" + "|".join(re.escape(token) for token in (BOS, EOS, USER, ASSISTANT, THINK, END_THINK)) + ")")
+SLOT = re.compile("\ue000([0-9]+)\ue001")  # stands for a message's content while the template is rendered
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a conversation; `in_thought` says whether generation starts inside a thought."""
+
+    ids: tuple[int, ...]
+    in_thought: bool
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote, taken apart. Rewards read this record, never the raw text."""
+
+    thinking: str
+    answer: str  # outside the thought; template "zero": inside the first <answer> block, else empty
+    closed: bool  # no thought was left open
+    truncated: bool  # ran out of tokens before EOS
+    well_formed: bool  # exactly the template's form, nothing empty, no stray control token, finished
+
+
+def render(
+    tok: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    template: str = "chat",
+    thinking: bool = True,
+    add_generation_prompt: bool = True,
+) -> Prompt:
+    """Ids of `messages` ({"role", "content"}; roles system, user, assistant); thoughts in earlier turns are dropped."""
+    contents = [_content(message) for message in messages]
+    text = _compiled(template).render(
+        messages=[{"role": message["role"], "content": f"\ue000{n}\ue001"} for n, message in enumerate(messages)],
+        bos_token=BOS,
+        eos_token=EOS,
+        thinking=thinking,
+        add_generation_prompt=add_generation_prompt,
+    )
+    ids: list[int] = []
+    for piece in CONTROL.split(text):
+        if CONTROL.fullmatch(piece):
+            ids.append(tok.control_id(piece))
+        else:  # neighbouring text is encoded as one run, as any other program would
+            ids += tok.encode(SLOT.sub(lambda slot: contents[int(slot[1])], piece))
+    tags = [id for id in ids if id in (tok.think_id, tok.end_think_id)]
+    return Prompt(tuple(ids), in_thought=bool(tags) and tags[-1] == tok.think_id)
+
+
+def render_example(
+    tok: Tokenizer, prompt: str, thinking: str | None, answer: str, *, template: str = "chat"
+) -> tuple[list[int], list[bool]]:
+    """A whole document (BOS .. EOS) and its loss mask: true where the model itself writes, EOS included.
+
+    `thinking=None` is a direct answer: the closed thought of V3.1 in "chat", a bare <answer> block in "zero".
+    """
+    start = render(tok, [{"role": "user", "content": prompt}], template=template, thinking=thinking is not None)
+    written: list[int] = []
+    if template == "zero":
+        if thinking is not None:
+            written += [tok.think_id, *tok.encode(thinking), tok.end_think_id]
+        written += tok.encode(f"\n<answer>{answer}</answer>")
+    elif thinking is not None:
+        written += [*tok.encode(f"{thinking}\n"), tok.end_think_id, *tok.encode(f"\n\n{answer}")]
+    else:
+        written += tok.encode(answer)
+    written.append(tok.eos_id)
+    return [*start.ids, *written], [False] * len(start.ids) + [True] * len(written)
+
+
+def parse(
+    tok: Tokenizer, ids: Sequence[int], *, in_thought: bool, finished: bool, template: str = "chat"
+) -> Completion:
+    """Take apart what was generated after a `Prompt`; `finished` = ended with EOS (which `ids` may hold or not).
+
+    A `<think>` outside a thought opens one, `</think>` inside closes it; any other tag is dropped and spoils the form.
+    """
+    if ids and ids[-1] == tok.eos_id:
+        ids = ids[:-1]
+    segments = _segments(tok, ids, in_thought)
+    thinking, outside = (
+        "".join(tok.decode(part, skip_special=True) for channel, part in segments if channel == wanted).strip()
+        for wanted in ("thinking", "answer")
+    )
+    control = [id for id in ids if id in tok.control_ids]
+    if template == "zero":
+        answer, shaped = _answer_block(outside)
+        shaped = shaped and (in_thought or not tok.decode(segments[0][1]).strip())  # nothing before the thought
+        expected = [tok.end_think_id] if in_thought else [tok.think_id, tok.end_think_id]
+    else:
+        answer, shaped = outside, True
+        expected = [tok.end_think_id] if in_thought else []
+    filled = bool(answer) and (bool(thinking) or not expected)
+    return Completion(
+        thinking=thinking,
+        answer=answer,
+        closed=segments[-1][0] == "answer",
+        truncated=not finished,
+        well_formed=finished and shaped and filled and control == expected,
+    )
+
+
+class StreamParser:
+    """`parse` one token at a time: the pieces of a channel, joined, are exactly what `parse` gives (template "chat").
+
+    A piece never holds half a UTF-8 character or white space that might turn out to be the end of its channel.
+    With template "zero" the answer channel is all text outside the thought, tags included.
+    """
+
+    def __init__(self, tok: Tokenizer, in_thought: bool) -> None:
+        self._tok = tok
+        self._inside = in_thought
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held: dict[Channel, str] = {"thinking": "", "answer": ""}
+        self._started: set[Channel] = set()
+
+    @property
+    def in_thought(self) -> bool:
+        return self._inside
+
+    def feed(self, id: int) -> list[tuple[Channel, str]]:
+        """What became certain with this token: at most one piece."""
+        if id in (self._tok.think_id, self._tok.end_think_id):
+            if (id == self._tok.think_id) == self._inside:
+                return []
+            pieces = self.finish()
+            self._inside = not self._inside
+            return pieces
+        return self._emit(self._decoder.decode(self._tok.token_bytes(() if id in self._tok.special_ids else (id,))))
+
+    def finish(self) -> list[tuple[Channel, str]]:
+        """Call once after the last token: half a character left behind comes out as U+FFFD."""
+        return self._emit(self._decoder.decode(b"", final=True))
+
+    def _emit(self, text: str) -> list[tuple[Channel, str]]:
+        channel: Channel = "thinking" if self._inside else "answer"
+        text = self._held[channel] + text
+        if channel not in self._started:
+            text = text.lstrip()
+        body = text.rstrip()
+        self._held[channel] = text[len(body) :]
+        if not body:
+            return []
+        self._started.add(channel)
+        return [(channel, body)]
+
+
+def _segments(tok: Tokenizer, ids: Sequence[int], in_thought: bool) -> list[tuple[Channel, list[int]]]:
+    """Runs of ids by channel, cut where a thought opens or closes; a tag that does neither is dropped."""
+    inside = in_thought
+    segments: list[tuple[Channel, list[int]]] = [("thinking" if inside else "answer", [])]
+    for id in ids:
+        if id not in (tok.think_id, tok.end_think_id):
+            segments[-1][1].append(id)
+        elif (id == tok.think_id) != inside:
+            inside = not inside
+            segments.append(("thinking" if inside else "answer", []))
+    return segments
+
+
+def _answer_block(text: str) -> tuple[str, bool]:
+    """The first <answer> block of `text`, and whether `text` is that one block and nothing else."""
+    before, opened, rest = text.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    alone = not before and not after and "<answer>" not in answer
+    return (answer.strip(), alone) if opened and closed else ("", False)
+
+
+def _content(message: Mapping[str, str]) -> str:
+    """A message's text as it enters the prompt: of an assistant's turn only what follows its last thought."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES or not isinstance(content, str):
+        raise DataError(f"a message needs a role ({', '.join(ROLES)}) and a content text, not role {role!r}")
+    if role == "assistant" and END_THINK in content:
+        return content.rpartition(END_THINK)[2].lstrip()
+    return content
+
+
+@lru_cache
+def _compiled(template: str) -> jinja2.Template:
+    # The switches transformers renders chat templates with.
+    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template_source(template))

@@ -1,0 +1,248 @@
+"""Byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens, on top of Hugging Face `tokenizers`.
+
+    tok = Tokenizer.train(texts, vocab_size=8192); tok.save("out"); tok = Tokenizer.load("out")
+
+The split rules and the names and flags of the special tokens are those of the published V3 / R1 files; ids are
+compact: 0 BOS, 1 EOS, 2 PAD, then 256 bytes and the merges, then the other special tokens. `load` also reads DeepSeek's
+own files and any other byte-level BPE; a token such a file lacks (say `<think>`) is an error at first use, not at load.
+
+Text and control are kept apart: `encode` never returns a control token, whatever its text spells.
+Left out: V3's random splitting of tokens that join punctuation and line breaks (its share is not published).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from sputnik.errors import ConfigError, DataError
+from sputnik.text.templates import template_source
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+THINK, END_THINK = "<think>", "</think>"
+FIM_HOLE, FIM_BEGIN, FIM_END = "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"
+END_OF_TURN = "<|EOT|>"
+TOOL_PARTS = ("calls", "call", "outputs", "output")
+TOOLS = tuple(f"<｜tool▁{part}▁{edge}｜>" for part in TOOL_PARTS for edge in ("begin", "end"))
+TOOL_SEP = "<｜tool▁sep｜>"
+# The published order and flags; "special" tokens vanish when decoding with skip_special, the others stay visible.
+ADDED = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, END_OF_TURN, *TOOLS, TOOL_SEP)
+SPECIAL = frozenset({BOS, EOS, PAD, END_OF_TURN})
+CONFIG_KEYS = {BOS: ("bos_token",), EOS: ("eos_token",)}
+SMALLEST_VOCABULARY = 256 + 3 + len(ADDED)
+
+CJK_RUN = "[一-龥\u3040-ゟ゠-ヿ]+"
+WORD = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
+    "|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+
+
+class Tokenizer:
+    """Text <-> ids. Build one with `train` or `load`."""
+
+    def __init__(self, full: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+        self._full = full
+        self._plain = _without_control_tokens(full)
+        self._config = config
+        self._vocab: dict[str, int] = full.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocab.values()) + 1
+        added = full.get_added_tokens_decoder()
+        self._added: dict[int, str] = {id: token.content for id, token in added.items()}
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.control_ids = frozenset(id for id, content in self._added.items() if _is_control(content))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, digits: int = 3) -> "Tokenizer":
+        """The same texts give the same tokenizer. V3 groups up to `digits` = 3 digits; 1 helps small models do sums.
+
+        Too little text ends the merges early and gives fewer than `vocab_size` entries.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ConfigError(f"vocab_size = {vocab_size}: bytes and special tokens alone are {SMALLEST_VOCABULARY}")
+        if digits not in (1, 2, 3):
+            raise ConfigError(f"digits = {digits}: choose 1 (each digit a token), 2 or 3 (as DeepSeek-V3)")
+        full = tokenizers.Tokenizer(models.BPE())
+        full.normalizer = normalizers.Sequence([])
+        full.pre_tokenizer = _pre_tokenizer(digits)
+        full.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(ADDED),
+            special_tokens=[AddedToken(name, normalized=False, special=True) for name in (BOS, EOS, PAD)],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        full.train_from_iterator(texts, trainer)
+        for name in ADDED:
+            token = AddedToken(name, normalized=True, special=name in SPECIAL)
+            (full.add_special_tokens if token.special else full.add_tokens)([token])
+        bos_first = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+        full.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_first])
+        return cls(full, _default_config(full))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a directory or a `tokenizer.json`; a `tokenizer_config.json` beside it names BOS, EOS, PAD."""
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        try:
+            text = file.read_text(encoding="utf-8")
+            data = json.loads(text)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no tokenizer.json there; give a checkpoint directory or train one") from None
+        except ValueError as error:
+            raise DataError(f"{file}: damaged, copy it again: {error}") from None
+        if data.get("model", {}).get("type") != "BPE" or '"ByteLevel"' not in text:
+            raise DataError(f"{file}: not a byte-level BPE; only GPT-2, Llama-3, Qwen or DeepSeek style files are read")
+        full = tokenizers.Tokenizer.from_str(text)
+        config_file = file.with_name("tokenizer_config.json")
+        if config_file.is_file():
+            return cls(full, json.loads(config_file.read_text(encoding="utf-8")))
+        return cls(full, _default_config(full))
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json` (with the chat template), the files transformers reads."""
+        out = Path(directory)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "tokenizer.json").write_text(self._full.to_str(), encoding="utf-8")
+        config = json.dumps(self._config, ensure_ascii=False, indent=2)
+        (out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without BOS. A control token spelled in the text ("<think>") stays ordinary text."""
+        return self._run(self._plain, text)
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Ids of trusted text, without BOS: spelled control tokens become control tokens. Never for a user's words."""
+        return self._run(self._full, text)
+
+    def _run(self, engine: tokenizers.Tokenizer, text: str) -> list[int]:
+        try:
+            ids: list[int] = engine.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise DataError("text with half of a surrogate pair cannot be encoded; remove or repair it") from None
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Skipped are BOS, EOS, PAD and the like, never <think>."""
+        if skip_special:
+            ids = [id for id in ids if id not in self.special_ids]
+        return self.token_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of the ids; `token_bytes(encode(text)) == text.encode()`."""
+        return b"".join([self._bytes[id] for id in ids])
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        byte_of = _byte_of_letter()
+        table = [b""] * self.vocab_size
+        for token, id in self._vocab.items():
+            table[id] = token.encode() if id in self._added else bytes(byte_of[letter] for letter in token)
+        return table
+
+    def control_id(self, name: str) -> int:
+        """Id of V3's token `name`; for BOS and EOS also of the token the file's own configuration calls so."""
+        if ids := self._ids_of(name, *CONFIG_KEYS.get(name, ())):
+            return ids[0]
+        raise DataError(f"this tokenizer has no {name} token: train one with `Tokenizer.train` or load DeepSeek's")
+
+    def _ids_of(self, name: str, *keys: str) -> list[int]:
+        candidates = [name, *(_name_of(self._config.get(key)) for key in keys)]
+        return [self._vocab[candidate] for candidate in candidates if candidate in self._vocab]
+
+    @cached_property
+    def pad_id(self) -> int:
+        """Never EOS: a model whose padding is EOS and masked would never learn to stop."""
+        for id in self._ids_of(PAD, "pad_token", "unk_token", "bos_token"):
+            if id != self.eos_id:
+                return id
+        raise DataError("this tokenizer has no padding token that differs from its end-of-text token: add one to it")
+
+    @cached_property
+    def bos_id(self) -> int:
+        return self.control_id(BOS)
+
+    @cached_property
+    def eos_id(self) -> int:
+        return self.control_id(EOS)
+
+    @cached_property
+    def user_id(self) -> int:
+        return self.control_id(USER)
+
+    @cached_property
+    def assistant_id(self) -> int:
+        return self.control_id(ASSISTANT)
+
+    @cached_property
+    def think_id(self) -> int:
+        return self.control_id(THINK)
+
+    @cached_property
+    def end_think_id(self) -> int:
+        return self.control_id(END_THINK)
+
+    @cached_property
+    def fim_hole_id(self) -> int:
+        return self.control_id(FIM_HOLE)
+
+    @cached_property
+    def fim_begin_id(self) -> int:
+        return self.control_id(FIM_BEGIN)
+
+    @cached_property
+    def fim_end_id(self) -> int:
+        return self.control_id(FIM_END)
+
+
+def _pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
+    numbers = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (numbers, CJK_RUN, WORD)]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _is_control(content: str) -> bool:
+    return not content.isspace()  # GPT-NeoX files keep runs of spaces as added tokens: those are text
+
+
+def _without_control_tokens(full: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, blind to control tokens: neither matched in the text nor reachable as a vocabulary entry."""
+    data = json.loads(full.to_str())
+    control = {token["content"] for token in data["added_tokens"] if _is_control(token["content"])}
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in control]
+    data["model"]["vocab"] = {token: id for token, id in data["model"]["vocab"].items() if token not in control}
+    data["post_processor"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Inverse of GPT-2's byte alphabet: printable Latin-1 stands for itself, the rest for code points from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _name_of(token: Any) -> str:
+    """Name of a token in `tokenizer_config.json`, where it is a string, an object or null."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _default_config(full: tokenizers.Tokenizer) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 131072,
+    }
+    for key, name in (("bos_token", BOS), ("eos_token", EOS), ("pad_token", PAD)):
+        if full.token_to_id(name) is not None:
+            config[key] = name
+    if full.token_to_id(ASSISTANT) is not None and full.token_to_id(THINK) is not None:
+        config["chat_template"] = template_source("chat")
+    return config
