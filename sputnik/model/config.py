@@ -1,0 +1,328 @@
+"""The sizes of a model, under the Hugging Face names, with checks that make an impossible model a one-line error.
+
+`ModelConfig.preset("tiny")` names the shapes we train, `from_hf(json)` reads a published config.json (DeepSeek-V3/R1,
+V2-Lite, Llama, Qwen2, SmolLM2) and `to_hf()` writes one back. What we do not compute (sliding windows, other activations,
+other RoPE scalings, ...) is refused by name, never ignored. Weights and tensors are elsewhere: this module needs no torch.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sputnik.errors import CheckpointError, ConfigError
+
+ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One transformer. Attention is MLA when `kv_lora_rank` is set, else grouped-query attention; a layer is an expert
+    layer when `n_routed_experts` is set and its index is at least `first_k_dense_replace`."""
+
+    model_type: str = "deepseek_v3"
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    intermediate_size: int = 512
+    # MLA (report section 2.1.1); None, None means grouped-query attention with heads of `head_dim`
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    head_dim: int | None = None
+    attention_bias: bool = False  # Llama: q, k, v and o; Qwen2 always has q, k, v biases; MLA refuses it
+    # experts (report section 2.1.2)
+    n_routed_experts: int | None = None
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 1
+    moe_intermediate_size: int = 0
+    n_group: int = 1
+    topk_group: int = 1
+    first_k_dense_replace: int = 0
+    scoring_func: str = "sigmoid"  # V3; "softmax" in V2
+    topk_method: str = "noaux_tc"  # V3: the bias selects; V2: "greedy" or "group_limited_greedy", no bias
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    # multi-token prediction (report section 2.2): number of modules
+    num_nextn_predict_layers: int = 0
+    # positions
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    # the rest
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    # The V3 report trains with 0.006; the published config.json says 0.02, which is only transformers' default.
+    initializer_range: float = 0.006
+    bos_token_id: int | None = 0
+    eos_token_id: int | None = 1
+    pad_token_id: int | None = 2
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key: nope + rope for MLA."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.is_mla else self.gqa_head_dim
+
+    @property
+    def gqa_head_dim(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        return self.qk_rope_head_dim if self.is_mla else self.gqa_head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Values cached for one token in one layer: latent + shared RoPE key (MLA), or all K and V heads (GQA)."""
+        if self.kv_lora_rank is not None:
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.num_key_value_heads * self.gqa_head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.n_routed_experts is not None and layer >= self.first_k_dense_replace
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "ModelConfig":
+        """A named shape, with some fields changed: `preset("mini", vocab_size=8192)`."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in changes:
+            if key not in known:
+                raise ConfigError(f"unknown model field {key!r}; known: {', '.join(sorted(known))}")
+        return cls(**(PRESETS[name] | changes))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read a published config.json, old (`rope_theta`, `rope_scaling`) or transformers 5 (`rope_parameters`)."""
+        model_type = config.get("model_type")
+        if model_type not in ARCHITECTURES:
+            raise CheckpointError(f"config.json: model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
+        _refuse_unsupported(config)
+        values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
+        values["rope_theta"], values["rope_scaling"] = _read_rope(config)
+        values["initializer_range"] = config.get("initializer_range", 0.02)
+        eos = config.get("eos_token_id")
+        values["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+        values["bos_token_id"] = config.get("bos_token_id")
+        values["pad_token_id"] = config.get("pad_token_id")
+        values.setdefault("num_key_value_heads", config["num_attention_heads"])
+        if model_type.startswith("deepseek"):
+            values.pop("head_dim", None)  # transformers writes the rope width there
+            values |= _read_deepseek(config)
+        else:
+            values |= {name: None for name in ("kv_lora_rank", "q_lora_rank", "n_routed_experts")}
+        if model_type == "qwen2":
+            values["attention_bias"] = False
+        return cls(**values)
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json that transformers, vLLM, SGLang and llama.cpp read. Old-style RoPE keys: all of them know these."""
+        fields = dataclasses.asdict(self)
+        deepseek_only = {
+            "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
+            "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group",
+            "first_k_dense_replace", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor",
+            "num_nextn_predict_layers",
+        }  # fmt: skip
+        if self.is_mla:
+            fields.pop("head_dim")
+            # Without scoring_func and topk_method vLLM refuses the model and llama.cpp computes something else.
+            fields |= {"moe_layer_freq": 1, "ep_size": 1, "seq_aux": True, "rope_interleave": True}
+        else:
+            fields = {key: value for key, value in fields.items() if key not in deepseek_only}
+            fields |= {"head_dim": self.gqa_head_dim, "mlp_bias": False}
+        common = {
+            "architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu", "attention_dropout": 0.0,
+            "use_cache": True, "torch_dtype": "float32",
+        }  # fmt: skip
+        return common | fields
+
+
+def _check(c: ModelConfig) -> None:
+    """Raise a ConfigError for the first pair of sizes that do not fit."""
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    need(c.model_type in ARCHITECTURES, f"model_type {c.model_type!r}: use one of {', '.join(ARCHITECTURES)}")
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "intermediate_size", "max_position_embeddings"):  # fmt: skip
+        need(getattr(c, name) > 0, f"{name} = {getattr(c, name)}: must be positive")
+    need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers must be 0 or more")
+    if c.is_mla:
+        _check_mla(c, need)
+    else:
+        need(c.model_type in ("llama", "qwen2"), f"model_type {c.model_type!r} needs kv_lora_rank (MLA); set it")
+        need(c.head_dim is not None or c.hidden_size % c.num_attention_heads == 0,
+             f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {c.num_attention_heads}; "
+             "set head_dim")  # fmt: skip
+        need(c.num_attention_heads % c.num_key_value_heads == 0,
+             f"num_attention_heads {c.num_attention_heads} must be a multiple of num_key_value_heads "
+             f"{c.num_key_value_heads}")  # fmt: skip
+    need(c.rope_dim > 0 and c.rope_dim % 2 == 0, f"the RoPE width {c.rope_dim} must be even and positive")
+    if c.n_routed_experts is not None:
+        _check_experts(c, need)
+    if c.rope_scaling is not None:
+        _check_rope_scaling(c.rope_scaling)
+
+
+Need = Callable[[bool, str], None]
+
+
+def _check_mla(c: ModelConfig, need: Need) -> None:
+    need(c.model_type.startswith("deepseek"), f"model_type {c.model_type!r} has no MLA; set kv_lora_rank to None")
+    need(not c.attention_bias, "attention_bias with MLA is not computed here; set it to false")
+    need(c.num_key_value_heads == c.num_attention_heads,
+         f"MLA has one key head per query head: set num_key_value_heads to {c.num_attention_heads}")  # fmt: skip
+    for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        need(getattr(c, name) > 0, f"MLA needs {name} > 0")
+    need(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank must be positive, or None for uncompressed queries")
+    need(c.v_head_dim <= c.qk_head_dim,
+         f"v_head_dim {c.v_head_dim} must not exceed qk_nope_head_dim + qk_rope_head_dim = {c.qk_head_dim}")  # fmt: skip
+
+
+def _check_experts(c: ModelConfig, need: Need) -> None:
+    experts = c.n_routed_experts
+    assert experts is not None
+    need(c.is_mla, "routed experts need the DeepSeek block: set kv_lora_rank")
+    need(experts > 0 and c.moe_intermediate_size > 0, "experts need n_routed_experts > 0 and moe_intermediate_size > 0")
+    need(c.n_shared_experts > 0, "n_shared_experts must be at least 1, as in every published DeepSeek model")
+    need(c.scoring_func in ("sigmoid", "softmax"), f"scoring_func {c.scoring_func!r}: use sigmoid or softmax")
+    methods = ("noaux_tc", "greedy", "group_limited_greedy")
+    need(c.topk_method in methods, f"topk_method {c.topk_method!r}: use one of {', '.join(methods)}")
+    need(c.n_group > 0 and experts % c.n_group == 0,
+         f"n_routed_experts {experts} must be a multiple of n_group {c.n_group}")  # fmt: skip
+    need(0 < c.topk_group <= c.n_group, f"topk_group {c.topk_group} must lie in 1..n_group = {c.n_group}")
+    per_group = experts // c.n_group
+    reachable = experts if c.topk_method == "greedy" else per_group * c.topk_group
+    need(0 < c.num_experts_per_tok <= reachable,
+         f"num_experts_per_tok {c.num_experts_per_tok} must lie in 1..{reachable}, the experts of topk_group groups")  # fmt: skip
+    need(c.topk_method != "noaux_tc" or c.n_group == 1 or per_group >= 2,
+         f"a group is ranked by its two best experts: lower n_group {c.n_group} to {experts // 2} or less")  # fmt: skip
+    need(0 <= c.first_k_dense_replace <= c.num_hidden_layers,
+         f"first_k_dense_replace {c.first_k_dense_replace} must lie in 0..num_hidden_layers")  # fmt: skip
+
+
+def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = scaling.get("rope_type", scaling.get("type"))
+    required = {
+        "yarn": ("factor", "original_max_position_embeddings"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in required:
+        raise ConfigError(f"rope_scaling type {kind!r} is not computed here; use one of {', '.join(required)}, or none")
+    for key in required[kind]:
+        value = scaling.get(key)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"rope_scaling of type {kind} needs a positive {key}, not {value!r}")
+
+
+def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) from either generation of keys; scaling None means plain RoPE."""
+    new = config.get("rope_parameters")
+    scaling = dict(new if new is not None else config.get("rope_scaling") or {})
+    theta = float(scaling.pop("rope_theta", config.get("rope_theta", 10000.0)))
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError("config.json: partial_rotary_factor is not computed here")
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    if kind == "default":
+        return theta, None
+    return theta, {"rope_type": kind} | scaling
+
+
+def _read_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields whose absence means something else than our default. transformers leaves out scoring_func and
+    topk_method, and means V3's sigmoid gate for deepseek_v3."""
+    v3 = config["model_type"] == "deepseek_v3"
+    expert_free = not config.get("n_routed_experts")
+    return {
+        "scoring_func": config.get("scoring_func") or ("sigmoid" if v3 else "softmax"),
+        "topk_method": config.get("topk_method") or ("noaux_tc" if v3 else "greedy"),
+        "norm_topk_prob": bool(config.get("norm_topk_prob", v3)),
+        "n_routed_experts": None if expert_free else config["n_routed_experts"],
+        "n_shared_experts": config.get("n_shared_experts") or 1,
+        "n_group": config.get("n_group") or 1,
+        "topk_group": config.get("topk_group") or 1,
+        "q_lora_rank": config.get("q_lora_rank"),
+    }
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """CheckpointError for a feature that changes the function and that we do not compute."""
+    layers = config.get("num_hidden_layers", 0)
+    window = config.get("use_sliding_window") and config.get("max_window_layers", 0) < layers
+    kinds = set(config.get("layer_types") or []) - {"full_attention"}
+    refused = {
+        f"hidden_act {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
+        "mlp_bias": bool(config.get("mlp_bias")),
+        "use_sliding_window": bool(window),
+        f"layer_types {sorted(kinds)}": bool(kinds),
+        "attention_dropout": bool(config.get("attention_dropout")),
+        "moe_layer_freq other than 1": config.get("moe_layer_freq", 1) != 1,
+        "rope_interleave false": config.get("rope_interleave", True) is False,
+        "attention_bias with MLA": bool(config.get("kv_lora_rank") and config.get("attention_bias")),
+    }
+    for feature, present in refused.items():
+        if present:
+            raise CheckpointError(f"config.json: {feature} is not computed here; convert another checkpoint")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The quickstart's model: about 3 million parameters. Init 0.02: at width 256 the published 0.006 leaves the first
+    # hundreds of steps with nearly uniform attention and routing.
+    "tiny": dict(
+        vocab_size=2048, hidden_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+        intermediate_size=512, kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
+        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=96, n_group=4,
+        topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+        max_position_embeddings=1024, initializer_range=0.02,
+    ),
+    # About 60 million parameters, 26 million active: the shape of our speed comparisons. Init 0.02 as for tiny.
+    "mini": dict(
+        vocab_size=4096, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+        intermediate_size=1408, kv_lora_rank=128, q_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=32,
+        v_head_dim=64, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=256,
+        n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
+        max_position_embeddings=2048, initializer_range=0.02,
+    ),
+    # DeepSeek-V2-Lite, 15.7 billion: the ablation shape of the V3 report.
+    "v2-lite": dict(
+        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16,
+        num_key_value_heads=16, intermediate_size=10944, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128,
+        qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
+        moe_intermediate_size=1408, first_k_dense_replace=1, scoring_func="softmax", topk_method="greedy",
+        norm_topk_prob=False, max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
+        pad_token_id=None, rope_scaling={
+            "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+            "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
+    ),
+    # DeepSeek-V3 and R1, 671 billion and one prediction module.
+    "v3-671b": dict(
+        vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128,
+        intermediate_size=18432, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
+        v_head_dim=128, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
+        n_group=8, topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
+        max_position_embeddings=163840, pad_token_id=None, rope_scaling={
+            "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+            "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+}  # fmt: skip

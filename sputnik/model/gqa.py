@@ -1,0 +1,46 @@
+"""Grouped-query attention of Llama, Qwen2 and SmolLM2: the architecture of the distilled dense models.
+
+B batch, T tokens, S cached tokens, H query heads, G key heads, D head width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sputnik.model.config import ModelConfig
+from sputnik.model.mla import Pass
+from sputnik.model.rope import rotate_halves, softmax_scale
+
+
+class GQA(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.heads, self.key_heads = layer, config.num_attention_heads, config.num_key_value_heads
+        width, hidden = config.gqa_head_dim, config.hidden_size
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(hidden, self.heads * width, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.key_heads * width, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.key_heads * width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * width, hidden, bias=config.attention_bias)
+        self.scale = softmax_scale(config)
+
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        """x (B, T, hidden) in the compute type -> the same shape."""
+        turn = now.turn[:, :, None]
+        query = rotate_halves(self.q_proj(x).unflatten(-1, (self.heads, -1)), turn)
+        key_btgd = rotate_halves(self.k_proj(x).unflatten(-1, (self.key_heads, -1)), turn)
+        value_btgd = self.v_proj(x).unflatten(-1, (self.key_heads, -1))
+        mask = None
+        if now.cache is not None:
+            fresh = torch.cat([key_btgd.flatten(2), value_btgd.flatten(2)], dim=-1)
+            if now.plan is None:
+                now.cache.fill(self.layer, fresh)
+            else:
+                row_bsw = now.cache.append(self.layer, fresh, now.plan).to(query.dtype)
+                key_btgd, value_btgd = (half.unflatten(-1, (self.key_heads, -1)) for half in row_bsw.chunk(2, dim=-1))
+                mask = now.plan.mask
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key_btgd.transpose(1, 2), value_btgd.transpose(1, 2), attn_mask=mask,
+            is_causal=mask is None, scale=self.scale, enable_gqa=self.heads != self.key_heads,
+        )  # fmt: skip
+        return self.o_proj(out.transpose(1, 2).flatten(2))

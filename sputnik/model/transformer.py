@@ -1,0 +1,161 @@
+"""The model: embedding, decoder layers, final norm, head and multi-token prediction modules.
+
+`model(ids)` gives logits; training and sampling use `trunk` (hidden states, no head) and `model.head` or
+`sputnik.model.head` on the positions they need. Parameter names are Hugging Face's, but for the stacked experts and `mtp.*`.
+B batch, T tokens, D hidden, V vocabulary.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sputnik.model.cache import Cache
+from sputnik.model.config import ModelConfig
+from sputnik.model.gqa import GQA
+from sputnik.model.head import logits
+from sputnik.model.mla import MLA, Pass
+from sputnik.model.moe import MLP, Experts, Gate, MoE, Route
+from sputnik.model.mtp import MTPModule
+from sputnik.model.precision import RMSNorm, compute_dtype
+from sputnik.model.rope import Rope
+
+
+@dataclass(frozen=True)
+class Trunk:
+    hidden: Tensor  # (B, T, D) after the final norm: what the head reads
+    residual: Tensor  # (B, T, D) before it: what `mtp_hidden` reads
+    routes: list[Route]  # one per expert layer
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Depth k = 1, 2, ...: `hidden[k - 1]` is (B, T - k, D); its position i predicts token i + k + 1."""
+
+    hidden: list[Tensor]
+    routes: list[Route]
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config, layer) if config.is_mla else GQA(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        moe = config.is_moe_layer(layer)
+        self.mlp = MoE(config, layer) if moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, now: Pass, token_mask: Tensor | None) -> tuple[Tensor, Route | None]:
+        x = x + self.self_attn(self.input_layernorm(x).to(now.dtype), now)
+        inner = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            out, route = self.mlp(inner, token_mask)
+            return x + out, route
+        return x + self.mlp(inner.to(now.dtype)), None
+
+
+class Decoder(nn.Module):
+    """The part Hugging Face calls `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        depths = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+        self.mtp = nn.ModuleList(MTPModule(config, DecoderLayer(config, layer)) for layer in depths)
+        self.rope = Rope(config)
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, lengths: Tensor | None = None) -> Tensor:
+        """(B, T) -> fp32 logits (B, T, V)."""
+        return self.head(self.trunk(ids, cache, lengths=lengths).hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) after the final norm -> fp32 logits (..., V)."""
+        return logits(hidden, self.lm_head.weight)
+
+    def trunk(
+        self, ids: Tensor, cache: Cache | None = None, token_mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Trunk:
+        """All layers. With a cache the tokens extend its rows, `lengths` (B,) of them valid per row (None: all T; the rest
+        is right padding whose outputs mean nothing). `token_mask` (B, T): False tokens are left out of expert load and
+        balance loss; it changes no output."""
+        tokens = ids.shape[1]
+        if token_mask is None and lengths is not None:
+            token_mask = torch.arange(tokens, device=ids.device) < lengths[:, None]
+        now = self._pass(tokens, ids.device, cache)
+        x, routes = self.model.embed_tokens(ids), []
+        for layer in self.model.layers:
+            x, route = layer(x, now, token_mask)
+            if route is not None:
+                routes.append(route)
+        if cache is not None:
+            cache.advance(tokens, lengths)
+        return Trunk(self.model.norm(x), x, routes)
+
+    def mtp_hidden(self, residual: Tensor, ids: Tensor, token_mask: Tensor | None = None) -> Ahead:
+        """Run the prediction modules on `Trunk.residual` (B, T, D) of the same ids (B, T). Depth k gets the main model's
+        (then the previous depth's) output after its norm, which is what serving engines feed the released weights."""
+        ahead = Ahead([], [])
+        hidden = self.model.norm(residual)
+        for k, module in enumerate(self.mtp, start=1):
+            length = ids.shape[1] - k
+            embedded = self.model.embed_tokens(ids[:, k:])
+            mask = None if token_mask is None else token_mask[:, k:]
+            hidden, route = module(embedded, hidden[:, :length], self._pass(length, ids.device, None), mask)
+            ahead.hidden.append(hidden)
+            if route is not None:
+                ahead.routes.append(route)
+        return ahead
+
+    def _pass(self, tokens: int, device: torch.device, cache: Cache | None) -> Pass:
+        dtype = compute_dtype(cast(DecoderLayer, self.model.layers[0]).self_attn.o_proj.weight)
+        if cache is None or cache.used == 0:
+            return Pass(self.rope.table(tokens, device)[None], dtype, cache)
+        plan = cache.plan(tokens)
+        return Pass(self.rope.table(plan.visible, device)[plan.positions], dtype, cache, plan)
+
+    def gates(self) -> dict[int, Gate]:
+        """Layer index (as in `Route.layer`) -> gate, prediction modules included."""
+        return {m.layer: m.gate for m in self.modules() if isinstance(m, MoE)}
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> "Transformer":
+        """Normal(0, initializer_range) for every matrix, ones for norms, zeros for biases; depends on `generator` alone."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | Gate):
+                module.weight.normal_(0.0, std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, Experts):
+                module.gate_up_proj.normal_(0.0, std, generator=generator)
+                module.down_proj.normal_(0.0, std, generator=generator)
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            if isinstance(module, Gate) and module.e_score_correction_bias is not None:
+                module.e_score_correction_bias.zero_()
+        return self
+
+    @torch.no_grad()
+    def lowered(self, dtype: torch.dtype) -> "Transformer":
+        """A frozen copy for sampling whose matrix weights have type `dtype`: the numbers of autocast without its casts.
+        Embedding, head, norms and gates are shared with this model, not copied. Remake it after an optimizer step."""
+        memo: dict[int, object] = {id(self.rope): self.rope}
+        for module in self.modules():
+            for key, weight in module.named_parameters(recurse=False):
+                matrix = isinstance(module, Experts) or (isinstance(module, nn.Linear) and module is not self.lm_head)
+                memo[id(weight)] = nn.Parameter(weight.to(dtype), requires_grad=False) if matrix else weight
+        return copy.deepcopy(self, memo).eval()
