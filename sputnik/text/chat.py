@@ -22,7 +22,7 @@ from typing import Literal
 import jinja2
 
 from sputnik.errors import DataError
-from sputnik.text.templates import template_hash, template_source
+from sputnik.text.templates import check_template, template_hash, template_source
 from sputnik.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, USER, Tokenizer
 
 __all__ = ["Completion", "Prompt", "StreamParser", "parse", "render", "render_example", "template_hash"]
@@ -60,7 +60,10 @@ def render(
     thinking: bool = True,
     add_generation_prompt: bool = True,
 ) -> Prompt:
-    """Ids of `messages` ({"role", "content"}; roles system, user, assistant); thoughts in earlier turns are dropped."""
+    """Ids of `messages` ({"role", "content"}; roles system, user, assistant); thoughts in earlier turns are dropped.
+
+    `thinking` matters to "chat" alone: "zero" always leaves it to the model to open the thought.
+    """
     contents = [_content(message) for message in messages]
     text = _compiled(template).render(
         messages=[{"role": message["role"], "content": f"\ue000{n}\ue001"} for n, message in enumerate(messages)],
@@ -107,6 +110,7 @@ def parse(
 
     A `<think>` outside a thought opens one, `</think>` inside closes it; any other tag is dropped and spoils the form.
     """
+    check_template(template)
     if ids and ids[-1] == tok.eos_id:
         ids = ids[:-1]
     segments = _segments(tok, ids, in_thought)

@@ -15,9 +15,13 @@ NAMES = ("chat", "zero")
 
 def template_source(name: str) -> str:
     """The Jinja text of a template, as other programs may render it."""
+    check_template(name)
+    return (files("sputnik.text") / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def check_template(name: str) -> None:
     if name not in NAMES:
         raise ConfigError(f"unknown template {name!r}: choose one of {', '.join(NAMES)}")
-    return (files("sputnik.text") / f"{name}.jinja").read_text(encoding="utf-8").removesuffix("\n")
 
 
 def template_hash(name: str) -> str:

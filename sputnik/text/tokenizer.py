@@ -128,7 +128,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD. Skipped are BOS, EOS, PAD and the like, never <think>."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Skipped are BOS, EOS and PAD, never <think>."""
         if skip_special:
             ids = [id for id in ids if id not in self.special_ids]
         return self.token_bytes(ids).decode("utf-8", errors="replace")
