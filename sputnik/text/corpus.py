@@ -3,7 +3,7 @@
     info = write_shards((encode_document(tok, text) for text in texts), out, tok.vocab_size)
     corpus = PackedCorpus(out, length=512, seed=0); corpus.batch(position=0, size=8)
 
-A corpus is a folder of `tokens-NNNNN.bin` (uint16, or uint32 above 65,536 ids), `documents.bin` (length of each document)
+A corpus is a folder of `tokens-NNNNN.bin` (uint16, or uint32 above 65,536 ids), `documents.bin` (length of each one)
 and `index.json`, which is written last: a folder without it is unfinished and refused. Reading is a pure function of
 (folder, length, seed, position), so a resumed run sees the rows it would have seen. Documents are shuffled anew each
 epoch and packed end to end without a cross-document mask [V3 4.1]. Left out: streaming from a network.
@@ -48,7 +48,7 @@ def encode_document(tok: Tokenizer, text: str) -> list[int]:
 def fim(ids: Sequence[int], rng: random.Random, tok: Tokenizer, rate: float = 0.1) -> list[int]:
     """With probability `rate` turn a document into prefix-suffix-middle order [V3 4.1], to learn to fill in the middle.
 
-    BOS and EOS keep their places; the two cuts fall between characters. Dialogues (control tokens inside) stay as they are.
+    BOS and EOS keep their places; both cuts fall between characters. Dialogues (control tokens inside) stay as they are.
     """
     document = list(ids)
     head = 1 if document[:1] == [tok.bos_id] else 0
@@ -66,7 +66,7 @@ def fim(ids: Sequence[int], rng: random.Random, tok: Tokenizer, rate: float = 0.
 def mix(sources: Sequence[tuple[Sequence[list[int]], float]], tokens: int) -> Iterator[list[int]]:
     """Interleave (documents, weight) sources until `tokens` are given; each gets its weight's share of the tokens.
 
-    Next comes the source furthest behind its share, in its own order; one that runs out starts again from its beginning.
+    Next comes the source furthest behind its share, in its own order; one that runs out starts again from the first.
     """
     if any(weight <= 0 or not any(documents) for documents, weight in sources):
         raise DataError("mix: each source needs at least one document that is not empty and a weight above zero")
@@ -81,7 +81,7 @@ def mix(sources: Sequence[tuple[Sequence[list[int]], float]], tokens: int) -> It
 
 
 def byte_lengths(tok: Tokenizer) -> NDArray[np.int64]:
-    """(V,) bytes of text each id stands for, 0 for control tokens: `byte_lengths(tok)[window].sum()` is a window's bytes."""
+    """(V,) bytes of text behind each id, 0 for control tokens; `byte_lengths(tok)[ids].sum()` are the bytes of a window."""
     lengths = [0 if id in tok.control_ids else len(tok.token_bytes((id,))) for id in range(tok.vocab_size)]
     return np.array(lengths, dtype=np.int64)
 
@@ -99,16 +99,14 @@ def write_shards(
     for old in (out / INDEX, *out.glob("tokens-*.bin")):
         old.unlink(missing_ok=True)
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    digest, lengths, shards = hashlib.sha256(), [], list[int]()
+    digest, lengths, shards = hashlib.sha256(), list[int](), list[int]()
     shard: list[NDArray[np.unsignedinteger]] = []
     for document in documents:
         ids = np.asarray(document, dtype=np.int64)
         if not ids.size:
             continue
         if ids.min() < 0 or ids.max() >= vocab_size:
-            raise DataError(
-                f"document {len(lengths)} holds id {ids.max()} but vocab_size is {vocab_size}: wrong tokenizer"
-            )
+            raise DataError(f"document {len(lengths)}: id {ids.max()} but vocab_size = {vocab_size}: wrong tokenizer")
         if shard and sum(map(len, shard)) + ids.size > shard_tokens:
             shards.append(_write_shard(out, len(shards), shard, digest))
             shard = []
@@ -146,7 +144,7 @@ class PackedCorpus:
         self.rows_per_epoch = (self.info.tokens - extra) // length
         if self.rows_per_epoch < 1:
             raise DataError(
-                f"{path}: {self.info.tokens} tokens fill no row of {length} + {extra}: add text or cut length"
+                f"{path}: {self.info.tokens} tokens fill no row of {length + extra}: add text or cut length"
             )
         self._shards = [_open_shard(folder, n, count, self.info.dtype) for n, count in enumerate(self.info.shards)]
         self._shard_starts = np.cumsum([0, *self.info.shards[:-1]])
