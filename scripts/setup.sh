@@ -31,7 +31,7 @@ make_venv() {
 # pip says nothing but what it downloads and what it installs.
 pip_install() {
   .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt "$@" 2>.venv/pip-errors |
-    awk '/^ *Downloading|^Installing collected/ { print "  " substr($0, 1, 150); fflush() }' || { cat .venv/pip-errors >&2; exit 1; }
+    awk '/^ *Downloading.* MB\)|^Installing collected/ { print "  " substr($0, 1, 150); fflush() }' || { cat .venv/pip-errors >&2; exit 1; }
 }
 
 start=$(date +%s)

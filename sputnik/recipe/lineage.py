@@ -1,0 +1,166 @@
+"""The memory of a run: which settings, code and parent each stage was made from, and what it took.
+
+`runs/NAME/lineage.json` holds one record per stage; `STAGE/ledger.jsonl` one line per attempt (a stage that was killed
+and continued has several). `decide` compares the records with the recipe and answers skip, continue or run, or refuses:
+two settings never share a stage.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from sputnik.config import from_dict
+from sputnik.errors import ConfigError, DataError
+from sputnik.recipe.recipe import Recipe, Stage
+from sputnik.train.state import JsonLines, read_jsonl, write_json
+
+Decision = Literal["skip", "continue", "run"]
+Status = Literal["running", "stopped", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one stage. `began`: start of the last attempt; seconds and usd sum all attempts."""
+
+    name: str
+    kind: str
+    parent: str | None
+    hash: str
+    settings: dict[str, Any]
+    code: str
+    status: Status
+    began: float
+    seconds: float = 0.0
+    usd: float = 0.0
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class Lineage:
+    """The records of one run directory, written whole at each change."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.path = run / "lineage.json"
+        self.records: dict[str, Record] = {}
+        if self.path.exists():
+            try:
+                stored = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
+                self.records = {record["name"]: from_dict(Record, record, str(self.path)) for record in stored}
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+                raise DataError(f"{self.path} cannot be read ({error}); start a new run with --name NAME") from None
+
+    def set(self, record: Record) -> None:
+        self.records[record.name] = record
+        self._write()
+
+    def forget(self, names: list[str]) -> None:
+        """Delete stages with everything they wrote. The record goes first: what is left without one is swept later."""
+        for name in names:
+            self.records.pop(name, None)
+        self._write()
+        for name in names:
+            shutil.rmtree(self.run / name, ignore_errors=True)
+
+    def _write(self) -> None:
+        write_json(self.path, {"name": self.run.name, "stages": [asdict(record) for record in self.records.values()]})
+
+    def descendants(self, name: str) -> list[str]:
+        """`name` and every recorded stage built on it."""
+        found = [name]
+        for child, record in self.records.items():
+            if record.parent in found and child not in found:
+                found += self.descendants(child)
+        return [stage for stage in dict.fromkeys(found) if stage in self.records]
+
+    def decide(self, recipe: Recipe) -> dict[str, Decision]:
+        """What to do with each stage of `recipe`. ConfigError if the run holds something made from other settings."""
+        decisions: dict[str, Decision] = {}
+        for stage in recipe.stages:
+            record = self.records.get(stage.name)
+            if record is None:
+                decisions[stage.name] = "run"
+            elif record.hash != stage.hash:
+                raise ConfigError(self._refusal(stage, record))
+            elif record.status == "done" and (self.run / stage.name).is_dir():
+                decisions[stage.name] = "skip"
+            else:
+                decisions[stage.name] = "continue"
+        extra = [name for name in self.records if name not in decisions]
+        if extra:
+            raise ConfigError(
+                f"{self.run} holds stage {extra[0]!r}, which this recipe does not have; "
+                f"delete it with --fresh {extra[0]}, or start a new run with --name NAME"
+            )
+        return decisions
+
+    def _refusal(self, stage: Stage, record: Record) -> str:
+        changes = changed_keys(record.settings, stage.settings)
+        if record.kind != stage.kind:
+            changes.insert(0, f"kind {record.kind} -> {stage.kind}")
+        if not changes:
+            changes = [f"parent {record.parent} -> {stage.parent}"]
+        lost = self.descendants(stage.name)
+        also = f" (discards {', '.join(lost)})" if len(lost) > 1 else ""
+        return (
+            f"{self.run}: stage {stage.name!r} was made with other settings: {'; '.join(changes)}. "
+            f"Make it again with --fresh {stage.name}{also}, or keep both with --name NAME"
+        )
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """ "lr 0.001 -> 0.002" for each key that differs."""
+    return [
+        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    ]
+
+
+@dataclass(frozen=True)
+class Spent:
+    seconds: float
+    usd: float
+
+
+def book(stage_directory: Path, began: float, attempt: Spent, outcome: str) -> Spent:
+    """Add one attempt to the ledger of a stage; returns the sum of all attempts, which each line carries too."""
+    path = stage_directory / "ledger.jsonl"
+    last = (read_jsonl(path) or [{"seconds": 0.0, "usd": 0.0}])[-1]
+    total = Spent(last["seconds"] + attempt.seconds, last["usd"] + attempt.usd)
+    ledger = JsonLines(path)
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))
+    ledger.write({"started": started, "outcome": outcome, **asdict(total), "attempt": asdict(attempt)})
+    ledger.close()
+    return total
+
+
+def seconds_of_killed_attempt(stage_directory: Path, began: float) -> float:
+    """An attempt that was killed wrote no ledger line; it lived at least until the last file it touched."""
+    touched = [path.stat().st_mtime for path in stage_directory.rglob("*") if path.is_file()]
+    return max(0.0, max(touched, default=began) - began)
+
+
+@cache
+def code_version() -> str:
+    """Git commit of the checkout if there is one, and a hash of the package's sources in any case."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    sources = digest.hexdigest()[:12]
+    if not (package.parent / ".git").exists():
+        return sources
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"], cwd=package.parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return sources
+    return f"{head.stdout.strip()}/{sources}"
