@@ -76,7 +76,7 @@ class StateStore:
                 files: dict[str, dict[str, Any]] = {}
                 for name, group in tensors.items():
                     file = temporary / f"{name}.safetensors"
-                    save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, file)
+                    write_tensors(file, group)
                     files[file.name] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
                 record = {"step": step, "files": files, "meta": dict(meta)}
                 (temporary / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -104,12 +104,6 @@ class StateStore:
                 return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{saved.path}/{name}.safetensors cannot be read: {error}") from None
-
-    def discard_after(self, step: int) -> None:
-        """Drop saves newer than `step` (a rollback must not find them again)."""
-        for path in self.directory.glob("step-*"):
-            if path > self._path(step):
-                _remove(path)
 
     def _path(self, step: int) -> Path:
         if not 0 <= step <= LAST_STEP:
@@ -154,6 +148,11 @@ def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
         raise CheckpointError(f"the saved state and the model do not have the same tensors (first: {odd!r})")
     for name, value in own.items():
         value.copy_(tensors[name])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file; the tensors must not share memory."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
 
 
 def _read(path: Path) -> Saved | None:
