@@ -19,15 +19,16 @@ BESIDE = sorted(path for folder in ("benchmarks", "scripts") for path in (ROOT /
 
 # An import may go down or stay inside its folder. `sputnik/__init__.py` is the door and stands above all.
 FLOORS = {
-    "errors": 0, "config": 1, "cost": 2, "text": 3, "tasks": 3, "model": 4, "engine": 5,
+    "errors": 0, "config": 1, "hardware": 1, "cost": 2, "text": 3, "tasks": 3, "model": 4, "engine": 5,
     "eval": 6, "train": 7, "recipe": 8, "cli": 9, "__main__": 10,
 }  # fmt: skip
 TORCH_FREE = {"errors", "config", "cost", "text", "tasks"}
 OPTIONAL = {"transformers", "reasoning_gym", "math_verify", "matplotlib", "trl", "datasets"}
 PICKLES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib"}
 MAX_FILE, MAX_FUNCTION, MAX_KNOBS = 400, 80, 20
-# What a module may call while it is imported: names of types, patterns, paths, and constructors (a capital letter).
-IMPORT_TIME_CALLS = {"frozenset", "tuple", "compile", "getLogger", "replace", "range", "field"}
+# What a module may call while it is imported: constructors (a capital letter), patterns, plain work on constants.
+IMPORT_TIME_CALLS = {"frozenset", "tuple", "dict", "len", "range", "field", "join", "replace", "maketrans"}
+IMPORT_TIME_CALLS |= {"compile", "escape", "getLogger"}
 MUTATORS = {"append", "add", "update", "extend", "insert", "pop", "clear", "remove", "setdefault", "discard"}
 
 

@@ -1,8 +1,8 @@
 """The memory of a run: which settings, code and parent each stage was made from, and what it took.
 
-`runs/NAME/lineage.json` holds one record per stage; `STAGE/ledger.jsonl` one line per attempt (a stage that was killed
-and continued has several). `decide` compares the records with the recipe and answers skip, continue or run, or refuses:
-two settings never share a stage.
+`runs/NAME/lineage.json` holds one record per stage, `runs/NAME/ledger.jsonl` one line per attempt: a stage that was
+killed and continued has several, and one that failed was paid for too. `decide` compares the records with the recipe
+and answers skip, continue or run, or refuses: two settings never share a stage.
 """
 
 import hashlib
@@ -42,6 +42,12 @@ class Record:
     result: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Spent:
+    seconds: float
+    usd: float
+
+
 class Lineage:
     """The records of one run directory, written whole at each change."""
 
@@ -70,6 +76,25 @@ class Lineage:
 
     def _write(self) -> None:
         write_json(self.path, {"name": self.run.name, "stages": [asdict(record) for record in self.records.values()]})
+
+    def book(self, record: Record, attempt: Spent, outcome: str) -> Spent:
+        """Add one attempt to the ledger; returns the sum of all attempts at this stage with these settings."""
+        ledger = JsonLines(self.run / "ledger.jsonl")
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.began))
+        ledger.write(
+            {"stage": record.name, "hash": record.hash, "started": started, "outcome": outcome, **asdict(attempt)}
+        )
+        ledger.close()
+        lines = [
+            line for line in read_jsonl(ledger.path) if (line["stage"], line["hash"]) == (record.name, record.hash)
+        ]
+        return Spent(sum(line["seconds"] for line in lines), sum(line["usd"] for line in lines))
+
+    def seconds_of_killed_attempt(self, record: Record) -> float:
+        """An attempt that was killed booked nothing; it lived at least until the last file it wrote."""
+        places = (self.run / record.name, self.run / f".new-{record.name}")
+        touched = [path.stat().st_mtime for place in places for path in place.rglob("*") if path.is_file()]
+        return max(0.0, max(touched, default=record.began) - record.began)
 
     def descendants(self, name: str) -> list[str]:
         """`name` and every recorded stage built on it."""
@@ -121,30 +146,6 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
         for key in sorted({*before, *after})
         if before.get(key) != after.get(key)
     ]
-
-
-@dataclass(frozen=True)
-class Spent:
-    seconds: float
-    usd: float
-
-
-def book(stage_directory: Path, began: float, attempt: Spent, outcome: str) -> Spent:
-    """Add one attempt to the ledger of a stage; returns the sum of all attempts, which each line carries too."""
-    path = stage_directory / "ledger.jsonl"
-    last = (read_jsonl(path) or [{"seconds": 0.0, "usd": 0.0}])[-1]
-    total = Spent(last["seconds"] + attempt.seconds, last["usd"] + attempt.usd)
-    ledger = JsonLines(path)
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))
-    ledger.write({"started": started, "outcome": outcome, **asdict(total), "attempt": asdict(attempt)})
-    ledger.close()
-    return total
-
-
-def seconds_of_killed_attempt(stage_directory: Path, began: float) -> float:
-    """An attempt that was killed wrote no ledger line; it lived at least until the last file it touched."""
-    touched = [path.stat().st_mtime for path in stage_directory.rglob("*") if path.is_file()]
-    return max(0.0, max(touched, default=began) - began)
 
 
 @cache

@@ -31,9 +31,7 @@ from sputnik.recipe.lineage import (
     Record,
     Spent,
     Status,
-    book,
     code_version,
-    seconds_of_killed_attempt,
 )
 from sputnik.recipe.recipe import Kind, Recipe, Stage
 from sputnik.train.state import replace_directory, strict_json
@@ -112,8 +110,8 @@ def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, conso
     before = lineage.records.get(stage.name)
     if before is None:
         shutil.rmtree(directory, ignore_errors=True)  # of a stage that was being deleted when its process died
-    elif before.status == "running" and directory.exists():  # killed without a word
-        book(directory, before.began, _price(seconds_of_killed_attempt(directory, before.began), recipe), "killed")
+    elif before.status == "running":  # killed without a word
+        lineage.book(before, _price(lineage.seconds_of_killed_attempt(before), recipe), "killed")
     began, clock = time.time(), time.monotonic()
     running = Record(
         stage.name, stage.kind, stage.parent, stage.hash, dict(stage.settings), code_version(), "running", began
@@ -123,7 +121,7 @@ def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, conso
         with _workplace(directory, kind.resumable) as workplace:
             result = kind.run(stage.config, _context(stage, recipe, run, workplace, console))
     except BaseException as error:
-        outcome: Status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        outcome: Status = "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         with contextlib.suppress(OSError):  # the disk may be full; the first error is the one to show
             _close(running, lineage, _price(time.monotonic() - clock, recipe), outcome, {})
         raise
@@ -134,11 +132,10 @@ def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, conso
 
 def _close(running: Record, lineage: Lineage, attempt: Spent, outcome: Status, result: Mapping[str, Any]) -> Spent:
     """Book an attempt and write how it ended; a stage that left nothing behind is forgotten."""
-    directory = lineage.run / running.name
-    if not directory.exists():
+    total = lineage.book(running, attempt, outcome)
+    if not (lineage.run / running.name).exists():
         lineage.forget([running.name])
-        return attempt
-    total = book(directory, running.began, attempt, outcome)
+        return total
     lineage.set(
         dataclasses.replace(
             running, status=outcome, seconds=total.seconds, usd=total.usd, result=strict_json(dict(result))
