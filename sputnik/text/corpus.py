@@ -48,7 +48,7 @@ def encode_document(tok: Tokenizer, text: str) -> list[int]:
 def fim(ids: Sequence[int], rng: random.Random, tok: Tokenizer, rate: float = 0.1) -> list[int]:
     """With probability `rate` turn a document into prefix-suffix-middle order [V3 4.1], to learn to fill in the middle.
 
-    BOS and EOS keep their places; both cuts fall between characters. Dialogues (control tokens inside) stay as they are.
+    BOS and EOS keep their places; both cuts fall between characters. Dialogues (control tokens inside) stay unchanged.
     """
     document = list(ids)
     head = 1 if document[:1] == [tok.bos_id] else 0
@@ -81,7 +81,7 @@ def mix(sources: Sequence[tuple[Sequence[list[int]], float]], tokens: int) -> It
 
 
 def byte_lengths(tok: Tokenizer) -> NDArray[np.int64]:
-    """(V,) bytes of text behind each id, 0 for control tokens; `byte_lengths(tok)[ids].sum()` are the bytes of a window."""
+    """(V,) bytes of text behind each id, 0 for control tokens; `byte_lengths(tok)[ids].sum()` = bytes of a window."""
     lengths = [0 if id in tok.control_ids else len(tok.token_bytes((id,))) for id in range(tok.vocab_size)]
     return np.array(lengths, dtype=np.int64)
 
@@ -143,9 +143,7 @@ class PackedCorpus:
         self.length, self.extra, self.seed = length, extra, seed
         self.rows_per_epoch = (self.info.tokens - extra) // length
         if self.rows_per_epoch < 1:
-            raise DataError(
-                f"{path}: {self.info.tokens} tokens fill no row of {length + extra}: add text or cut length"
-            )
+            raise DataError(f"{path}: {self.info.tokens} tokens, less than a row of {length + extra}: add text")
         self._shards = [_open_shard(folder, n, count, self.info.dtype) for n, count in enumerate(self.info.shards)]
         self._shard_starts = np.cumsum([0, *self.info.shards[:-1]])
         self._lengths = np.fromfile(folder / LENGTHS, dtype="<u4").astype(np.int64)
