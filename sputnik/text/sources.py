@@ -177,9 +177,11 @@ def _json_lines(file: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         try:
             row = json.loads(line)
-            yield str(row.get("title", f"{file}:{number}")), row["text"]
-        except (ValueError, KeyError, AttributeError):
-            raise DataError(f'{file}: line {number} is not a JSON object with a "text"') from None
+            text = row["text"]
+            text.encode()  # JSON can spell half a surrogate pair, which is no text
+            yield str(row.get("title", f"{file}:{number}")), text
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f'{file}: line {number} is not a JSON object with a "text" of valid Unicode') from None
 
 
 def _wiki(language: str) -> Callable[[Path], Iterator[tuple[str, str]]]:
