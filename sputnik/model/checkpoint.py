@@ -281,6 +281,7 @@ def _write_weights(shards: list[list[Entry]], directory: Path, copies: set[str])
         for name in tensors.keys() & copies:
             tensors[name] = tensors[name].clone()  # safetensors writes no two names for one memory
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        shutil.copymode(directory / CONFIG, directory / file)  # safetensors writes 0600, unreadable to a server's user
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
     if len(shards) > 1:

@@ -148,6 +148,7 @@ def test_config_says_what_other_engines_need(tmp_path: Path) -> None:
     assert generation["bos_token_id"] == 0 and generation["eos_token_id"] == 1
     with safe_open(tmp_path / "model.safetensors", "pt") as handle:
         assert handle.metadata() == {"format": "pt"}
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
 def test_shards_respect_the_limit_and_the_index_names_every_tensor(tmp_path: Path) -> None:
