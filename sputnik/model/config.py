@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sputnik.config import from_dict
 from sputnik.errors import CheckpointError, ConfigError
 
 ARCHITECTURES = {
@@ -131,7 +132,7 @@ class ModelConfig:
             values |= {name: None for name in ("kv_lora_rank", "q_lora_rank", "n_routed_experts")}
         if model_type == "qwen2":
             values["attention_bias"] = False
-        return cls(**values)
+        return from_dict(cls, values, "config.json")
 
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers, vLLM, SGLang and llama.cpp read. Old-style RoPE keys: all of them know these."""
@@ -259,7 +260,7 @@ def _read_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
         "topk_method": config.get("topk_method") or ("noaux_tc" if v3 else "greedy"),
         "norm_topk_prob": bool(config.get("norm_topk_prob", v3)),
         "n_routed_experts": None if expert_free else config["n_routed_experts"],
-        "n_shared_experts": config.get("n_shared_experts") or 1,
+        "n_shared_experts": config.get("n_shared_experts", 1) or 0,
         "n_group": config.get("n_group") or 1,
         "topk_group": config.get("topk_group") or 1,
         "q_lora_rank": config.get("q_lora_rank"),
