@@ -114,15 +114,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without BOS. A control token spelled in the text ("<think>") stays ordinary text."""
-        return _run(self._plain, [text])[0]
+        return _ids(self._plain, text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores."""
-        return _run(self._plain, texts)
+        for text in texts:
+            _check_encodable(text)
+        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_with_special(self, text: str) -> list[int]:
         """Ids of trusted text, without BOS: spelled control tokens become control tokens. Never for a user's words."""
-        return _run(self._full, [text])[0]
+        return _ids(self._full, text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. Skipped are BOS, EOS and PAD, never <think>."""
@@ -203,11 +205,17 @@ def _pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def _run(engine: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def _ids(engine: tokenizers.Tokenizer, text: str) -> list[int]:
+    _check_encodable(text)
+    ids: list[int] = engine.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _check_encodable(text: str) -> None:
     try:
-        return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)]
-    except (TypeError, UnicodeEncodeError):
-        raise DataError("text with half of a surrogate pair cannot be encoded; remove or repair it") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"half of a surrogate pair at character {error.start}: remove or repair it") from None
 
 
 def _is_control(content: str) -> bool:
