@@ -130,7 +130,7 @@ class Task(ABC):
 
     def stream(self, split: Split, seed: int) -> Iterator[Problem]:
         """Random problems of one split, perhaps repeating, each with its id; ends only if the split seems empty."""
-        rng = random.Random(_hash(f"{self.name}/{split}/{seed}"))
+        rng = random.Random(hash_of(f"{self.name}/{split}/{seed}"))
         misses = 0
         while misses < REJECTIONS:
             try:
@@ -141,8 +141,8 @@ class Task(ABC):
                 raise broken_task(error, f"{type(self).__name__}.generate", type(self)) from error
             if not isinstance(problem, Problem):
                 raise TaskError(f"task {self.name!r}: generate must return a Problem, not {type(problem).__name__}")
-            number = _hash(f"{self.name}/{self.identity(problem)}")
-            if _split_of(number) == split:
+            number = hash_of(f"{self.name}/{self.identity(problem)}")
+            if split_of(number) == split:
                 misses = 0
                 yield dataclasses.replace(problem, id=f"{number:016x}")
             else:
@@ -174,11 +174,13 @@ class Task(ABC):
         return cls()
 
 
-def _hash(text: str) -> int:
+def hash_of(text: str) -> int:
+    """64 bits that are the same in every process, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def _split_of(number: int) -> Split:
+def split_of(number: int) -> Split:
+    """70 % of the questions are for training, 15 % for validation, 15 % for the final test."""
     share = number % 100
     return "train" if share < 70 else "validation" if share < 85 else "test"
 
@@ -222,7 +224,7 @@ def load_task(spec: str, options: Mapping[str, Any] | None = None) -> Task:
 def _class_from_file(path: Path, class_name: str) -> type[Task]:
     if not path.is_file():
         raise TaskError(f"{path}: no such task file")
-    module_name = f"sputnik_user_task_{_hash(str(path.resolve())):016x}"
+    module_name = f"sputnik_user_task_{hash_of(str(path.resolve())):016x}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
     if module_spec is None or module_spec.loader is None:
         raise TaskError(f"{path}: not a Python file")

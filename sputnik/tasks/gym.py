@@ -1,0 +1,94 @@
+"""`gym:NAME`: the problem families of reasoning-gym, with their own scorers, behind our splits and verdicts.
+
+Options are the fields of the family's own configuration, and `size`, how many problems it holds. A problem is stored as
+its index and made again by the verifier, which refuses it as ERROR should it come out different. Only a full score is
+CORRECT: partial credit such as the 0.01 of countdown teaches a model to collect crumbs.
+
+Left out: families that cannot be trusted, listed in `REFUSED` with the reason. `gsm_symbolic` is made from GSM8K test
+questions: do not train on it and then report GSM8K.
+"""
+
+import random
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Self
+
+from sputnik.config import check_keys
+from sputnik.errors import ConfigError, MissingPackage, TaskError
+from sputnik.tasks.base import Problem, Task, Verdict
+
+HASH_ORDER = "it makes different problems in every process (it depends on string hashing)"
+NO_GOLD = "it stores no gold answer, so its scorer cannot be checked"
+REFUSED = (
+    ("game_of_life_halting", "its scorer pays any text"),
+    ("coin_flip", 'its scorer pays the constant answer "0"'),
+    ("boxnet", NO_GOLD),
+    ("graph_color", NO_GOLD),
+    ("propositional_logic", NO_GOLD),
+    ("rubiks_cube", NO_GOLD),
+    ("rush_hour", NO_GOLD),
+    ("isomorphic_strings", HASH_ORDER),
+    ("knight_swap", HASH_ORDER),
+    ("polynomial_multiplication", HASH_ORDER),
+    ("ransom_note", HASH_ORDER),
+    ("composite", "it needs a list of other families; name one of those"),
+)
+FULL_SCORE = 0.999
+SIZE = 100_000
+
+
+class Gym(Task):
+    """One family of reasoning-gym."""
+
+    version = "reasoning-gym"
+
+    def __init__(self, dataset: Any, name: str, version: str) -> None:
+        self.name = f"gym:{name}"
+        self.version = version
+        self._dataset = dataset
+        self._entry = lru_cache(maxsize=256)(self._make)  # the answers of a group share their problem
+
+    @classmethod
+    def build(cls, argument: str, options: Mapping[str, Any]) -> Self:
+        try:
+            import reasoning_gym
+            from reasoning_gym.factory import DATASETS
+        except ImportError:
+            raise MissingPackage("reasoning-gym", "gym") from None
+        reason = dict(REFUSED).get(argument)
+        if reason:
+            raise TaskError(f"gym:{argument} is refused: {reason}")
+        if argument not in DATASETS:
+            raise TaskError(f"gym has no family {argument!r}; known: {', '.join(sorted(DATASETS))}")
+        known = [name for name in DATASETS[argument][1].__dataclass_fields__ if name != "seed"]
+        check_keys(options, known, f"task 'gym:{argument}'")
+        try:
+            dataset = reasoning_gym.create_dataset(argument, **({"size": SIZE} | dict(options) | {"seed": 0}))
+        except (AssertionError, ValueError, TypeError) as error:
+            raise ConfigError(f"task 'gym:{argument}': {error}") from None
+        return cls(dataset, argument, f"reasoning-gym {reasoning_gym.__version__}")
+
+    def _make(self, index: int) -> tuple[dict[str, Any], bool]:
+        """The entry at `index`, and whether its own gold answer earns the full score."""
+        entry: dict[str, Any] = self._dataset[index]
+        return entry, self._dataset.score_answer(answer=entry["answer"], entry=entry) >= FULL_SCORE
+
+    def generate(self, rng: random.Random) -> Problem:
+        index = rng.randrange(self._dataset.size)
+        entry, _ = self._entry(index)
+        return Problem(prompt=entry["question"], gold=entry["answer"], meta={"index": index})
+
+    def verify(self, problem: Problem, answer: str) -> Verdict:
+        entry, gold_pays = self._entry(problem.meta["index"])
+        if entry["question"] != problem.prompt or entry["answer"] != problem.gold:
+            raise TaskError(f"{self.name}: problem {problem.meta['index']} came out different when made again")
+        if not gold_pays:
+            return Verdict.BAD_GOLD
+        answer = answer.strip()
+        if not answer:
+            return Verdict.UNPARSEABLE
+        try:
+            score = self._dataset.score_answer(answer=answer, entry=entry)
+        except Exception:  # noqa: BLE001 - it has read the gold answer, so it is this text it cannot read
+            return Verdict.UNPARSEABLE
+        return Verdict.CORRECT if score >= FULL_SCORE else Verdict.WRONG

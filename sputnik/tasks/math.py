@@ -1,0 +1,134 @@
+"""`math:FILE.jsonl`: questions with a mathematical answer, one JSON object a line, judged by math-verify.
+
+A line holds "prompt" (or "problem", "question") and "answer" (or "gold"); a GSM8K answer may keep its "... #### 18".
+Numbers, fractions, sets and formulas count as equal when they are equal, not when they are written alike.
+
+Lines are split by hash like any task; with `benchmark = true` the whole file is the test split and nothing may be
+trained on. math-verify's own time limits use signals and are switched off: judge in a `VerifierPool`, which kills what
+hangs.
+"""
+
+import logging
+import random
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from sputnik.errors import DataError, MissingPackage, TaskError
+from sputnik.tasks.base import Problem, Split, Task, Verdict, hash_of, split_of
+
+PROMPT_KEYS = ("prompt", "problem", "question")
+ANSWER_KEYS = ("answer", "gold")
+PROSE = r"[A-Za-z]{2,}\s+[A-Za-z]{2,}"
+TWO_NUMBERS = r"[0-9]\s+[0-9]+(?![0-9]*\s*/)"  # math-verify adds them up, as in the mixed number 5 1/2
+
+
+@dataclass(frozen=True)
+class MathFile(Task):
+    """Problems of one JSONL file."""
+
+    file: str
+    benchmark: bool = False
+
+    name = "math"
+
+    @classmethod
+    def build(cls, argument: str, options: Mapping[str, Any]) -> Self:
+        if not argument:
+            raise TaskError("name the file: math:FILE.jsonl")
+        task = super().build("", {"file": argument, **options})
+        same(
+            read(r"\frac12"), read("0.5")
+        )  # loads math-verify now: it takes a second that no answer's deadline should pay
+        return task
+
+    def generate(self, rng: random.Random) -> Problem:
+        return rng.choice(self._problems)
+
+    def stream(self, split: Split, seed: int) -> Iterator[Problem]:
+        """The file's problems of one split, each once, in an order of this seed."""
+        mine = [problem for problem in self._problems if self.benchmark or split_of(int(problem.id, 16)) == split]
+        if self.benchmark and split != "test":
+            mine = []
+        random.Random(hash_of(f"{self.name}/{split}/{seed}")).shuffle(mine)
+        yield from mine
+
+    def verify(self, problem: Problem, answer: str) -> Verdict:
+        gold, given = read(problem.gold), read(answer)
+        if not gold:
+            return Verdict.BAD_GOLD
+        if not given:
+            return Verdict.UNPARSEABLE
+        return Verdict.CORRECT if same(gold, given) else Verdict.WRONG
+
+    @cached_property
+    def _problems(self) -> list[Problem]:
+        try:
+            lines = Path(self.file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.file}: cannot be read: {error}") from None
+        found = [_problem(line, f"{self.file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+        if not found:
+            raise DataError(f"{self.file}: holds no problems; write one JSON object with prompt and answer a line")
+        return found
+
+
+def _problem(line: str, where: str) -> Problem:
+    try:
+        row = msgspec.json.decode(line, type=dict[str, Any])
+    except msgspec.MsgspecError as error:
+        raise DataError(f"{where}: not a JSON object: {error}") from None
+    prompt = next((row[key] for key in PROMPT_KEYS if key in row), None)
+    answer = next((row[key] for key in ANSWER_KEYS if key in row), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{where}: needs a text under one of {', '.join(PROMPT_KEYS)}")
+    if not isinstance(answer, str | int | float) or not str(answer).strip():
+        raise DataError(f"{where}: needs an answer under one of {', '.join(ANSWER_KEYS)}")
+    gold = str(answer).rpartition("####")[2].strip()
+    return Problem(prompt=prompt, gold=gold, id=f"{hash_of(f'math/{prompt}'):016x}")
+
+
+def read(text: str) -> list[Any]:
+    """What the text means to math-verify: empty if nothing. One box in it is the answer, two different ones are none.
+
+    Without a box the text must be the bare answer. It goes in as LaTeX only: the other readers of math-verify search a
+    sentence for its last number, and `eval` it.
+    """
+    try:
+        from math_verify import LatexExtractionConfig, parse
+    except ImportError:
+        raise MissingPackage("math-verify", "math") from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing time limit, which is ours to set
+    contents = {content.strip() for content in boxes(text)}
+    if not contents and not re.search(PROSE, re.sub(r"\\text *{[^}]*}|\\[A-Za-z]+", "", text)):
+        contents = {text.strip().strip("$")}
+    if len(contents) != 1 or any(re.search(TWO_NUMBERS, content) for content in contents):
+        return []
+    boxed = f"\\boxed{{{contents.pop()}}}"
+    found: list[Any] = parse(boxed, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    return found
+
+
+def same(gold: list[Any], given: list[Any]) -> bool:
+    """Are two things that were read equal? May run for ever; call it where it can be killed."""
+    from math_verify import verify
+
+    return bool(verify(gold, given, timeout_seconds=None))
+
+
+def boxes(text: str) -> list[str]:
+    r"""The contents of each \boxed{...} in the text, braces balanced; an unclosed one is left out."""
+    found = []
+    for opening in re.finditer(r"\\boxed\{", text):
+        depth = 1
+        for place in range(opening.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                found.append(text[opening.end() : place])
+                break
+    return found
