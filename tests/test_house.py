@@ -28,7 +28,7 @@ PICKLES = {"pickle", "cPickle", "dill", "marshal", "shelve", "joblib"}
 MAX_FILE, MAX_FUNCTION, MAX_KNOBS = 400, 80, 20
 # What a module may call while it is imported: constructors (a capital letter), patterns, plain work on constants.
 IMPORT_TIME_CALLS = {"frozenset", "tuple", "dict", "len", "range", "field", "join", "replace", "maketrans"}
-IMPORT_TIME_CALLS |= {"compile", "escape", "getLogger"}
+IMPORT_TIME_CALLS |= {"compile", "escape", "getLogger", "partial"}
 MUTATORS = {"append", "add", "update", "extend", "insert", "pop", "clear", "remove", "setdefault", "discard"}
 
 

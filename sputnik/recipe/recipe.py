@@ -27,6 +27,7 @@ import tomli_w
 
 from sputnik.config import check_keys, config_hash, from_dict, load_toml, set_by_path, to_dict
 from sputnik.errors import ConfigError
+from sputnik.model.config import ModelConfig
 
 TOP_KEYS = ["name", "seed", "hardware", "model"]
 STAGE_KEYS = ["name", "kind", "parent"]
@@ -38,13 +39,14 @@ class Kind:
 
     `run(config, context)` returns a few figures for the lineage. A `resumable` one writes into its directory as it goes
     and continues by itself when called again; any other gets a fresh directory that appears only when it is complete.
-    `needs_model` puts the recipe's [model] table into the hash of the stage.
+    `needs_model` puts the recipe's [model] table into the hash of the stage; `outcome_free` keys stay out of it.
     """
 
     config: type
     run: Callable[[Any, Any], Mapping[str, Any]]
     resumable: bool = False
     needs_model: bool = False
+    outcome_free: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,22 @@ def _stages(
         if "seed" in known:
             own.setdefault("seed", seed)
         config: Any = from_dict(kind.config, own, where)
-        settings = to_dict(config) | _input_files(to_dict(config))
+        settings = {key: value for key, value in to_dict(config).items() if key not in kind.outcome_free}
+        settings |= _input_files(settings)
         if kind.needs_model:
+            model_config(model, f"{path}: [model]")
             settings |= {f"model.{key}": value for key, value in model.items()}
         hashes[name] = config_hash({"kind": table["kind"], "parent": parent and hashes[parent], "settings": settings})
         yield Stage(name, table["kind"], parent, config, settings, hashes[name])
         above = name
+
+
+def model_config(table: Mapping[str, Any], where: str, **changes: Any) -> ModelConfig:
+    """The shape a [model] table describes: a preset, some of its fields changed, and `changes` on top."""
+    own = {key: value for key, value in table.items() if key != "preset"}
+    if not isinstance(table.get("preset"), str):
+        raise ConfigError(f'{where}: no preset; write preset = "tiny" and the fields to change')
+    return from_dict(ModelConfig, to_dict(ModelConfig.preset(table["preset"])) | own | changes, where)
 
 
 def _input_files(settings: Mapping[str, Any]) -> dict[str, str]:

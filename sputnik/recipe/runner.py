@@ -23,8 +23,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sputnik.cost import fleet
 from sputnik.errors import ConfigError, DataError, SputnikError
+from sputnik.hardware import fleet
 from sputnik.recipe.lineage import (
     Decision,
     Lineage,

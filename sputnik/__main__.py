@@ -1,0 +1,74 @@
+"""The command line: `sputnik VERB ...`, one table from verb to its config class and its main function.
+
+Only the module of the verb that is asked for is imported, so `sputnik --help` needs no torch. The flags of a verb are
+the fields of its config. A `SputnikError` is the user's to mend: one line on stderr, exit code 2. Ctrl-C exits 130.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from sputnik import __version__
+from sputnik.errors import ConfigError, SputnikError
+
+VERBS = {
+    "quickstart": ("sputnik.cli.quickstart:QuickstartConfig", "train a small V3, teach it to reason, write the report"),
+    "run": ("sputnik.cli.run:RunConfig", "run the stages of a recipe, each once, resumable"),
+    "eval": ("sputnik.cli.eval:EvalModelConfig", "score a model on a task, with error bars"),
+    "chat": ("sputnik.cli.chat:ChatConfig", "talk to a model in the terminal, its thinking shown"),
+    "report": ("sputnik.cli.report:ReportConfig", "write report.html and report.json of a run"),
+    "plan": ("sputnik.cli.plan:PlanConfig", "memory, time and money of a recipe or model before anything runs"),
+    "doctor": ("sputnik.cli.doctor:DoctorConfig", "what this machine has, what is missing, how to get it"),
+}
+
+
+def overview() -> str:
+    """The text of `sputnik --help`."""
+    lines = [f"  {verb:12} {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: sputnik VERB ...",
+            "",
+            "Sputnik: an open, complete DeepSeek. Train a V3 model, teach it to reason with R1's recipe, talk to it.",
+            "",
+            *lines,
+            "",
+            "sputnik VERB --help lists the flags of a verb; sputnik --version says which version this is.",
+        ]
+    )
+
+
+def run_verb(verb: str, args: Sequence[str]) -> int:
+    """Parse the flags of `verb` into its config and call its main; returns the exit code."""
+    if verb not in VERBS:
+        raise ConfigError(f"no verb {verb!r}; choose one of {', '.join(VERBS)}")
+    home, text = VERBS[verb]
+    module_name, _, config_name = home.partition(":")
+    module = import_module(module_name)
+    import tyro
+
+    config = tyro.cli(getattr(module, config_name), prog=f"sputnik {verb}", description=f"{verb}: {text}", args=args)
+    return module.main(config) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code is the return value."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        print(f"sputnik {__version__}")
+        return 0
+    try:
+        return run_verb(args[0], args[1:])
+    except SputnikError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""`sputnik run RECIPE.toml`: all stages of a recipe, then the report.
+
+The same command again skips what is finished and continues what is not; see sputnik/recipe/runner.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from tyro.conf import Positional, UseAppendAction
+
+from sputnik.errors import ConfigError
+from sputnik.recipe.recipe import read_recipe
+from sputnik.recipe.report import write_report
+from sputnik.recipe.runner import run_recipe
+from sputnik.recipe.stages import kind_of
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    recipe: Positional[Path]
+    """The recipe file; `ls recipes/` shows those of the project."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """STAGE.KEY=VALUE (or model.KEY=VALUE, seed=N): change one setting; may be repeated."""
+    name: str | None = None
+    """Run into runs/NAME instead of the recipe's own name."""
+    only: str | None = None
+    """Run this stage alone; its parents must be finished."""
+    fresh: str | None = None
+    """First delete this stage and every stage built on it."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+
+
+def main(config: RunConfig) -> None:
+    run_and_report(config.recipe, config.set, name=config.name, only=config.only, fresh=config.fresh, runs=config.runs)
+
+
+def run_and_report(
+    recipe_file: Path,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    only: str | None = None,
+    fresh: str | None = None,
+    runs: Path = Path("runs"),
+) -> Path:
+    """Run the recipe and write the report, of an unfinished run too; returns the run directory."""
+    console = Console()
+    recipe = read_recipe(recipe_file, kind_of, overrides, name)
+    try:
+        run = run_recipe(recipe, runs, kind_of, console, only=only, fresh=fresh)
+    except ConfigError:
+        raise  # refused before anything ran
+    except BaseException:
+        _report(runs / recipe.name, console)
+        raise
+    _report(run, console)
+    return run
+
+
+def _report(run: Path, console: Console) -> None:
+    if (run / "lineage.json").is_file():
+        console.print(f"report: {write_report(run).html}", soft_wrap=True)

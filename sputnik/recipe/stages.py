@@ -1,0 +1,57 @@
+"""The kinds of stages a recipe can name, each with its config class and its function: one table, read on demand.
+
+    corpus      texts and worked examples -> tokenizer and shards            sputnik/recipe/corpus.py
+    pretrain    corpus -> base model                                         sputnik/train/pretrain.py
+    rl          model -> model that reasons (R1-Zero)                        sputnik/train/rl.py
+    eval        model -> scores                                              sputnik/recipe/evaluation.py
+
+Stage functions in `train/` know nothing of recipes; the functions here hand them the directories.
+"""
+
+from typing import Any
+
+from sputnik.cost import Meter
+from sputnik.errors import ConfigError
+from sputnik.hardware import fleet
+from sputnik.recipe.corpus import CorpusConfig, build_corpus
+from sputnik.recipe.evaluation import EvalConfig, run_evaluation
+from sputnik.recipe.recipe import Kind, model_config
+from sputnik.recipe.runner import StageContext
+from sputnik.text.tokenizer import Tokenizer
+from sputnik.train.pretrain import OUTCOME_FREE, PretrainConfig, pretrain
+
+
+def run_pretraining(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
+    """A base model from the corpus above; its vocabulary and special tokens come from that corpus's tokenizer."""
+    corpus = context.ancestors.get("corpus")
+    if corpus is None:
+        raise ConfigError("a pretrain stage needs a corpus stage among its ancestors; write parent = NAME")
+    tok = Tokenizer.load(corpus / "tokenizer")
+    shape = model_config(
+        context.recipe.model,
+        "[model]",
+        vocab_size=tok.vocab_size,
+        bos_token_id=tok.bos_id,
+        eos_token_id=tok.eos_id,
+        pad_token_id=tok.pad_id,
+    )
+    meter = Meter(*fleet(context.recipe.hardware))
+    return pretrain(
+        config, shape, tok, corpus / "train", corpus / "held_out", context.directory, meter, context.console
+    )
+
+
+KINDS = {
+    "corpus": Kind(CorpusConfig, build_corpus),
+    "pretrain": Kind(
+        PretrainConfig, run_pretraining, resumable=True, needs_model=True, outcome_free=frozenset(OUTCOME_FREE)
+    ),
+    "eval": Kind(EvalConfig, run_evaluation),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind called `name`."""
+    if name not in KINDS:
+        raise ConfigError(f"no stage kind {name!r}; choose one of {', '.join(KINDS)}")
+    return KINDS[name]
