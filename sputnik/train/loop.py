@@ -4,24 +4,26 @@ A stage is anything with the methods of `Stage`; `Loop.run(stage)` drives it fro
 After `kill -9` at any moment, running it again gives the metrics and weights of the unbroken run, bit for bit on a CPU
 with the same number of threads, because a step is a pure function of (saved state, step number).
 
-    STAGE/resume/          saves (train/state.py)            STAGE/metrics.jsonl   one line per step
-    STAGE/alarms/          what the guards found             STAGE/ledger.jsonl    one line per process: time and money
+    STAGE/resume/          saves (train/state.py)
+    STAGE/metrics.jsonl    one line per step, with the time and money so far
+    STAGE/alarms/          what the guards found, with the batch that did it
+
+What a killed process spent on steps that are repeated is not in the metrics; whoever starts processes books them.
 """
 
 import contextlib
-import json
 import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sputnik.cost import Meter, Usage
+from sputnik.cost import Meter
 from sputnik.errors import DataError, SputnikError
 from sputnik.train.guards import Alarm, Guard
 from sputnik.train.progress import Progress
@@ -58,11 +60,8 @@ class Stage(Protocol):
         """Inverse of `state`; `read(file name)` gives the tensors of one file."""
 
 
-class Stopped(SystemExit):
-    """Ctrl-C or SIGTERM ended the run after a complete step and a save; the exit code is the shell's 130."""
-
-    def __init__(self) -> None:
-        super().__init__(130)
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run after a complete step and a save; a command line exits with 130."""
 
 
 class Paused(SputnikError):
@@ -105,7 +104,6 @@ class Loop:
         self._saved_step = -1
         self._saved_at = time.monotonic()
         self._shift = 0
-        self._since = Usage(0.0, 0, 0.0, 0.0, 1.0)
 
     # --- for stages ---
 
@@ -120,32 +118,23 @@ class Loop:
     # --- running ---
 
     def run(self, stage: Stage) -> None:
-        """Go on to the last step. Stopped, or a SputnikError for a pause or a full disk, if it ends before."""
-        with stage_lock(self.out), StopSignal() as stop, contextlib.ExitStack() as open_logs:
-            open_logs.callback(self._close_logs)
-            outcome = "failed"
-            self._start(stage)
+        """Go on to the last step. Ends earlier by Stopped, by Paused, or by DataError if the disk is full."""
+        with stage_lock(self.out), deterministic(), StopSignal() as stop, contextlib.ExitStack() as on_exit:
+            on_exit.callback(self._close_logs)
             try:
+                self._start(stage)
                 with Progress(self.out.name, self.steps, self.headline) as progress:
                     while self.done < self.steps and not stop.requested:
                         self._one_step(stage, progress)
                 if self._saved_step != self.done:
                     self._save(stage)
-                outcome = "finished" if self.done == self.steps else "stopped"
             except OSError as error:
                 if is_disk_full(error):
-                    raise DataError(
-                        f"disk full in {self.out}: free some space and run the same command again"
-                    ) from error
+                    raise DataError(f"disk full in {self.out}: make room and run the same command again") from error
                 raise
-            except Paused:
-                outcome = "paused"
-                raise
-            finally:
-                self._book(outcome)
-            if outcome == "stopped":
-                print(f"stopped after step {self.done} of {self.steps}, saved; run the same command again to go on")
-                raise Stopped
+        if self.done < self.steps:
+            print(f"stopped after step {self.done} of {self.steps}, saved; run the same command again to go on")
+            raise Stopped
 
     def _one_step(self, stage: Stage, progress: Progress) -> None:
         step = self.done + 1
@@ -164,7 +153,6 @@ class Loop:
     def _start(self, stage: Stage) -> None:
         """Continue from the newest save, or save the initial state: that proves that there is room for a save, and a
         rollback has somewhere to go."""
-        self._book_killed()
         saved = self.store.latest()
         if saved is None:
             self._logs = {name: JsonLines(self.out / f"{name}.jsonl", 0) for name in self._log_names}
@@ -175,8 +163,6 @@ class Loop:
             self._restore(saved, stage)
             if 0 < self.done < self.steps:
                 print(f"{self.out}: going on after step {self.done} of {self.steps}")
-        self._since = self.meter.total
-        write_json(self.out / "running.json", {"seconds": self._since.seconds, "usd": self._since.usd})
 
     def _restore(self, saved: Saved, stage: Stage) -> None:
         self._close_logs()
@@ -202,6 +188,12 @@ class Loop:
         self.store.save(self.done, tensors, meta)
         self._saved_step = self.done
         self._saved_at = time.monotonic()
+
+    def _spent(self) -> dict[str, float]:
+        """The figures every step reports; a stage that times its parts may report rates of its own."""
+        lap, total = self.meter.lap(), self.meter.total
+        rates = {"tokens_per_s": lap.tokens_per_s, "flops_per_s": lap.flops_per_s, "peak_share": lap.peak_share}
+        return {**rates, "seconds": total.seconds, "usd": total.usd}
 
     def _require_same(self, saved: Saved) -> None:
         before, now = saved.meta["identity"], self.identity
@@ -245,42 +237,6 @@ class Loop:
         print(f"back to step {saved.step}, with other data from there on", file=sys.stderr)
         return True
 
-    # --- money ---
-
-    def _spent(self) -> dict[str, float]:
-        """The figures every step reports; a stage that times its parts may report rates of its own."""
-        lap, total = self.meter.lap(), self.meter.total
-        rates = {"tokens_per_s": lap.tokens_per_s, "flops_per_s": lap.flops_per_s, "peak_share": lap.peak_share}
-        return {**rates, "seconds": total.seconds, "usd": total.usd}
-
-    def _book(self, event: str) -> None:
-        """One ledger line for this process: what it used itself, repeated steps included."""
-        total, since = self.meter.total, self._since
-        facts = {"stage": self.out.name, "event": event, "step": self.done}
-        entry = self.meter.entry(**facts) | {
-            "seconds": total.seconds - since.seconds,
-            "tokens": total.tokens - since.tokens,
-            "flops": total.flops - since.flops,
-            "usd": total.usd - since.usd,
-        }
-        self._append_ledger(entry)
-        (self.out / "running.json").unlink(missing_ok=True)
-
-    def _book_killed(self) -> None:
-        """A process that was killed booked nothing; its last metrics line knows its time and money."""
-        running = self.out / "running.json"
-        lines = read_jsonl(self.out / "metrics.jsonl")
-        if running.exists() and lines:
-            begun, last = json.loads(running.read_text(encoding="utf-8")), lines[-1]
-            spent = {key: max(0.0, last[key] - begun[key]) for key in ("seconds", "usd")}
-            self._append_ledger({"stage": self.out.name, "event": "killed", "step": last["step"], **spent})
-            running.unlink()
-
-    def _append_ledger(self, entry: Mapping[str, Any]) -> None:
-        ledger = JsonLines(self.out / "ledger.jsonl")
-        ledger.write(entry)
-        ledger.close()
-
     def _close_logs(self) -> None:
         for log in self._logs.values():
             log.close()
@@ -293,3 +249,18 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Switch on torch's deterministic algorithms for a while. On a CPU one operation needs them: adding rows by index
+    (`index_put` with accumulate, the backward pass of `x[rows]`) sums in another order each time with two threads."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
