@@ -78,9 +78,7 @@ class Tokenizer:
             show_progress=False,
         )
         full.train_from_iterator(texts, trainer)
-        for name in ADDED:
-            token = AddedToken(name, normalized=True, special=name in SPECIAL)
-            (full.add_special_tokens if token.special else full.add_tokens)([token])
+        _append_control_tokens(full)
         bos_first = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
         full.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos_first])
         return cls(full, _default_config(full))
@@ -111,6 +109,15 @@ class Tokenizer:
         (out / "tokenizer.json").write_text(self._full.to_str(), encoding="utf-8")
         config = json.dumps(self._config, ensure_ascii=False, indent=2)
         (out / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+
+    def with_control_tokens(self) -> "Tokenizer":
+        """A copy of a foreign tokenizer with V3's dialogue tokens appended, as R1's distilled models have them.
+
+        Ids it had stay as they are; its model needs `vocab_size` rows of embedding.
+        """
+        full = tokenizers.Tokenizer.from_str(self._full.to_str())
+        _append_control_tokens(full)
+        return Tokenizer(full, {**self._config, "chat_template": template_source("chat")})
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without BOS. A control token spelled in the text ("<think>") stays ordinary text."""
@@ -148,7 +155,7 @@ class Tokenizer:
         """Id of V3's token `name`; for BOS and EOS also of the token the file's own configuration calls so."""
         if ids := self._ids_of(name, *CONFIG_KEYS.get(name, ())):
             return ids[0]
-        raise DataError(f"this tokenizer has no {name} token: train one with `Tokenizer.train` or load DeepSeek's")
+        raise DataError(f"this tokenizer has no {name} token: train one, load DeepSeek's or use `with_control_tokens`")
 
     def _ids_of(self, name: str, *keys: str) -> list[int]:
         candidates = [name, *(_name_of(self._config.get(key)) for key in keys)]
@@ -203,6 +210,12 @@ def _pre_tokenizer(digits: int) -> pre_tokenizers.PreTokenizer:
     numbers = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (numbers, CJK_RUN, WORD)]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _append_control_tokens(full: tokenizers.Tokenizer) -> None:
+    for name in ADDED:
+        token = AddedToken(name, normalized=True, special=name in SPECIAL)
+        (full.add_special_tokens if token.special else full.add_tokens)([token])
 
 
 def _ids(engine: tokenizers.Tokenizer, text: str) -> list[int]:

@@ -182,6 +182,7 @@ def test_direct_chat_reply(tok: Tokenizer, text: str, thinking: str, answer: str
         ("<answer>4</answer><think>a</think>", "a", "4", False),
         ("<think>a</think><answer>4</answer><answer>5</answer>", "a", "4", False),
         ("<think>a</think><answer><answer>4</answer></answer>", "a", "<answer>4", False),
+        ("<think>a</think><answer><answer>4</answer>", "a", "<answer>4", False),
         ("<think>a</think><answer>4</answer> So it is 4.", "a", "4", False),
         ("<think>a</think> It is <answer>4</answer>", "a", "4", False),
         ("<think>a</think><think>b</think><answer>4</answer>", "ab", "4", False),
@@ -212,9 +213,10 @@ def test_very_long_hostile_reply_is_parsed_in_linear_time(tok: Tokenizer) -> Non
 @settings(suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), in_thought=st.booleans())
 def test_streamed_pieces_join_to_the_parsed_reply(tok: Tokenizer, data: st.DataObject, in_thought: bool) -> None:
-    tags = st.sampled_from([tok.think_id, tok.end_think_id, tok.user_id, tok.eos_id])
+    tags = st.sampled_from([tok.think_id, tok.end_think_id, tok.user_id, tok.eos_id]).map(lambda id: [id])
+    halves = st.integers(0x80, 0xFF).map(lambda value: byte(tok, value))
     characters = st.characters(codec="utf-8").map(lambda letter: [id for b in letter.encode() for id in byte(tok, b)])
-    piece = tags.map(lambda id: [id]) | st.integers(0, tok.vocab_size - 1).map(lambda id: [id]) | characters
+    piece = tags | halves | characters | st.integers(0, tok.vocab_size - 1).map(lambda id: [id])
     ids = [id for part in data.draw(st.lists(piece)) for id in part]
     stream = StreamParser(tok, in_thought)
     pieces = [piece for id in ids for piece in stream.feed(id)] + stream.finish()

@@ -149,6 +149,15 @@ def test_foreign_tokenizer_loads_and_lacks_only_what_is_asked_of_it(foreign: Pat
         _ = tok.think_id
 
 
+def test_control_tokens_are_appended_without_moving_any_id(foreign: Path, tmp_path: Path) -> None:
+    before, tok = Tokenizer.load(foreign), Tokenizer.load(foreign).with_control_tokens()
+    assert tok.encode(TEXT) == before.encode(TEXT)
+    assert [tok.control_id(name) for name in ADDED] == list(range(400, 400 + len(ADDED)))
+    assert tok.with_control_tokens().vocab_size == tok.vocab_size == 400 + len(ADDED)
+    tok.save(tmp_path / "grown")
+    assert Tokenizer.load(tmp_path / "grown").encode_with_special("<think>") == [tok.think_id]
+
+
 @pytest.mark.slow
 def test_published_deepseek_tokenizers_give_their_known_ids(tok: Tokenizer, tmp_path: Path) -> None:
     package = Package(
