@@ -235,6 +235,14 @@ def test_no_piece_holds_half_a_character(tok: Tokenizer, text: str) -> None:
     assert "".join(piece for _, piece in pieces) == text.strip()
 
 
+def test_half_a_character_stays_in_its_channel(tok: Tokenizer) -> None:
+    ids = [*byte(tok, 0xE4), tok.end_think_id, *tok.encode("4"), *byte(tok, 0xE4)]
+    stream = StreamParser(tok, in_thought=True)
+    pieces = [piece for id in ids for piece in stream.feed(id)] + stream.finish()
+    assert pieces == [("thinking", "\ufffd"), ("answer", "4"), ("answer", "\ufffd")]
+    assert parse(tok, ids, in_thought=True, finished=True) == Completion("\ufffd", "4\ufffd", True, False, True)
+
+
 def byte(tok: Tokenizer, value: int) -> list[int]:
     """The id of one single byte."""
     return [3 + tok.token_bytes(range(3, 259)).index(value)]
