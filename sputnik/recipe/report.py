@@ -1,0 +1,163 @@
+"""The report over a run: report.json for programs and report.html for people, from the same facts.
+
+    write_report(Path("runs/quickstart")).html
+
+Reads the run directory alone, writes the two files into it and needs neither torch nor a network; the page is one
+static file that loads nothing. A run in progress gets a report too, which says what is still missing. The same
+directory always gives the same bytes. Left out: comparing runs.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sputnik.cost import HARDWARE
+from sputnik.eval.stats import paired
+from sputnik.recipe.evidence import Run, Stage, number, read_run
+from sputnik.recipe.page import render_page
+
+ESTIMATE = ("mean", "low", "high", "n", "k")
+CONDITIONS = ("task", "task_version", "template_hash", "decoding", "n", "k")
+H800_HOURS = (
+    ("DeepSeek-V3, all of its training", 2_788_000, "DeepSeek-V3 report, table 1"),
+    ("DeepSeek-R1-Zero, RL on top of V3", 101_000, "DeepSeek-R1 report, version 2, table 7"),
+    ("DeepSeek-R1 with R1-Zero and its data, on top of V3", 147_000, "DeepSeek-R1 report, version 2, table 7"),
+)
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """The two files of a report."""
+
+    html: Path
+    json: Path
+
+
+def write_report(run: Path) -> ReportPaths:
+    """Write report.json and report.html into `run`. DataError if it is no directory or a file in it is broken."""
+    evidence = read_run(run)
+    facts = gather(evidence)
+    paths = ReportPaths(html=run / "report.html", json=run / "report.json")
+    _replace(paths.json, json.dumps(_strict(facts), indent=2) + "\n")
+    _replace(paths.html, render_page(evidence, facts))
+    return paths
+
+
+def gather(run: Run) -> dict[str, Any]:
+    """Everything the report claims, as plain JSON values. `headline` is None where a number is not there yet."""
+    base, zero = comparable(run.evaluations(run.base), run.evaluations(run.zero))
+    judged = [stage.score for stage in (zero, base) if stage is not None and stage.score is not None]
+    costs = [_cost(stage) for stage in run.stages]
+    total = {key: _sum(cost[key] for cost in costs) for key in ("seconds", "tokens", "flops", "usd")}
+    published = [_published(*row) for row in H800_HOURS]
+    return {
+        "run": run.name,
+        "status": "incomplete" if run.missing else "complete",
+        "missing": run.missing,
+        "headline": {
+            "base_pass_at_1": _estimate(base),
+            "zero_pass_at_1": _estimate(zero),
+            "seconds": total["seconds"],
+            "price_usd": total["usd"],
+        },
+        "gain": _gain(base, zero),
+        "different_conditions": _differences(base, zero),
+        "warnings": _warnings(run),
+        "best_constant": next((score["best_constant"] for score in judged if score.get("best_constant")), None),
+        "task": next((score["task"] for score in judged if score.get("task")), None),
+        "stages": [{**_described(stage), **cost} for stage, cost in zip(run.stages, costs, strict=True)],
+        "scores": {stage.name: {"of": _model(stage), **(stage.score or {})} for stage in run.stages if stage.score},
+        "cost": {"stages": costs, "total": total, "discarded": _discarded(run), "published": published},
+        "hardware": run.lineage.get("hardware") or run.recipe.get("hardware"),
+        "versions": run.lineage.get("environment") or {},
+        "recipe": dict(run.recipe),
+    }
+
+
+def comparable(before: Sequence[Stage], after: Sequence[Stage]) -> tuple[Stage | None, Stage | None]:
+    """Of two models' evaluations the first pair taken under equal conditions, else the first of each."""
+    pairs = [(old, new) for new in after for old in before if not _differences(old, new)]
+    return pairs[0] if pairs else (next(iter(before), None), next(iter(after), None))
+
+
+def _differences(before: Stage | None, after: Stage | None) -> list[str]:
+    """Conditions in which two evaluations differ, so that their scores are not one comparison."""
+    if before is None or after is None:
+        return []
+    old, new = before.evaluation or {}, after.evaluation or {}
+    return [key.replace("_", " ") for key in CONDITIONS if old.get(key) != new.get(key)]
+
+
+def _gain(before: Stage | None, after: Stage | None) -> dict[str, Any] | None:
+    """R1-Zero minus base model, paired by question; None unless both answered the same ones."""
+    shares = [dict((stage.evaluation or {}).get("questions") or ()) if stage else {} for stage in (before, after)]
+    if not shares[0] or shares[0].keys() != shares[1].keys() or _differences(before, after):
+        return None
+    samples = ((after.evaluation or {}).get("k") if after else None) or 1
+    return asdict(paired([shares[0][key] for key in shares[1]], list(shares[1].values()), samples))
+
+
+def _estimate(stage: Stage | None) -> dict[str, Any] | None:
+    score = (stage.evaluation or {}).get("pass_at_1") if stage else None
+    if not isinstance(score, Mapping) or number(score.get("mean")) is None:
+        return None
+    return {key: score.get(key) for key in ESTIMATE}
+
+
+def _warnings(run: Run) -> list[str]:
+    """What a reader must know before believing the scores."""
+    return [f"{s.name}: {text}" for s in run.stages for text in (s.evaluation or {}).get("warnings") or ()]
+
+
+def _model(stage: Stage) -> str:
+    """Whose score it is: an evaluation stage measures its parent."""
+    return (stage.parent or stage.name) if stage.kind == "eval" else stage.name
+
+
+def _described(stage: Stage) -> dict[str, Any]:
+    record = {key: stage.record.get(key) for key in ("parent", "hash", "code")}
+    return {"name": stage.name, "kind": stage.kind, "status": stage.status, **record}
+
+
+def _cost(stage: Stage) -> dict[str, Any]:
+    totals = {key: stage.total(key) for key in ("seconds", "tokens", "usd")}
+    return {"stage": stage.name, **totals, "flops": stage.flops}
+
+
+def _discarded(run: Run) -> dict[str, float] | None:
+    """Attempts that were paid for and are in no stage any more: deleted, or made again with other settings."""
+    kept = {(stage.name, stage.record.get("hash")) for stage in run.stages}
+    lost = [line for line in run.ledger if (line.get("stage"), line.get("hash")) not in kept]
+    sums = {key: math.fsum(number(line.get(key)) or 0.0 for line in lost) for key in ("seconds", "usd")}
+    return sums if lost else None
+
+
+def _published(name: str, hours: int, source: str) -> dict[str, Any]:
+    return {"name": name, "h800_hours": hours, "usd": hours * HARDWARE["H800"].usd_per_hour, "source": source}
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known else None
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinities become null, which JSON has, instead of words it has not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all, so a reader who reloads during a run never sees half a page. Lone surrogates become "?"."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(text.encode("utf-8", "replace"))
+    draft.replace(path)
