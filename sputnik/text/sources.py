@@ -21,7 +21,6 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from functools import partial
 from pathlib import Path
 
 from sputnik.errors import DataError
