@@ -175,7 +175,9 @@ def _local_documents(name: str, known: list[str]) -> Iterator[Document]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):  # splitlines would cut at U+2028 in a text
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             text = row["text"]

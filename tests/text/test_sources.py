@@ -114,9 +114,11 @@ def test_without_a_registry_python_topics_stand_in_once(caplog: pytest.LogCaptur
 
 def test_own_files_folders_and_patterns_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "two", "title": "T"}\n{"text": "three"}\n{"text": " "}\n')
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "two", "title": "T"}\n{"text": "th\u2028ree"}\n{"text": " "}\n\n', "utf-8"
+    )
     (tmp_path / "c.bin").write_bytes(b"\xff")
-    assert [document.text for document in load_documents([str(tmp_path)])] == ["one", "two", "three"]
+    assert [document.text for document in load_documents([str(tmp_path)])] == ["one", "two", "th\u2028ree"]
     monkeypatch.chdir(tmp_path)
     assert [document.title for document in load_documents(["*.jsonl"])] == ["T", "b.jsonl:2"]
 
