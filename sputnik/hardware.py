@@ -128,7 +128,10 @@ def total_memory() -> int:
 
 
 def measure_cpu(refresh: bool = False) -> CpuSpeed:
-    """The speed of this CPU with torch's present number of threads, from the cache unless `refresh`."""
+    """The speed of this CPU with torch's present number of threads, from the cache unless `refresh`.
+
+    A refresh keeps the better of the old and the new rates: others were busy when we measured the lower one.
+    """
     import torch
 
     name, threads = cpu_name(), torch.get_num_threads()
@@ -140,14 +143,14 @@ def measure_cpu(refresh: bool = False) -> CpuSpeed:
     except (OSError, json.JSONDecodeError, TypeError):  # no cache, or one we cannot read: measure and write it anew
         known = {}
     block = torch.ones(READ_BYTES // 4)
-    speed = CpuSpeed(
-        name=name,
-        threads=threads,
-        memory=total_memory(),
-        bf16=2 * SIZE**3 / _matmul_seconds("bfloat16"),
-        fp32=2 * SIZE**3 / _matmul_seconds("float32"),
-        bandwidth=READ_BYTES / _best_seconds(lambda: block.sum()),
-    )
+    rates = {
+        "bf16": 2 * SIZE**3 / _matmul_seconds("bfloat16"),
+        "fp32": 2 * SIZE**3 / _matmul_seconds("float32"),
+        "bandwidth": READ_BYTES / _best_seconds(lambda: block.sum()),
+    }
+    earlier = known.get(key, {})
+    best = {rate: max(value, earlier.get(rate, 0.0)) for rate, value in rates.items()}
+    speed = CpuSpeed(name=name, threads=threads, memory=total_memory(), **best)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**known, key: asdict(speed)}, indent=1), encoding="utf-8")
     return speed

@@ -209,6 +209,16 @@ def test_cpu_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest
     assert hardware("cpu").bf16 == max(first.bf16, first.fp32)
 
 
+def test_a_busy_moment_does_not_lower_a_known_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPUTNIK_CACHE", str(tmp_path))
+    monkeypatch.setattr("sputnik.hardware.SECONDS_PER_RATE", 0.01)
+    monkeypatch.setattr("sputnik.hardware.READ_BYTES", 1 << 20)
+    first = measure_cpu()
+    cache = tmp_path / "cpu.json"
+    cache.write_text(cache.read_text().replace(f'"fp32": {first.fp32}', '"fp32": 9e18'))
+    assert measure_cpu(refresh=True).fp32 == 9e18
+
+
 def test_meter_bills_the_clock_times_devices_times_price() -> None:
     meter = Meter(H800, count=8)
     meter.add(tokens=100, flops=1e9)

@@ -1,0 +1,65 @@
+"""The plan of the published run gives its published time and money; presets, checkpoints, bad input are told apart."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sputnik.__main__ import main as sputnik
+from sputnik.cli.plan import PlanConfig, make_plan, parse_count, read_shape
+from sputnik.errors import CheckpointError, ConfigError
+from sputnik.model.config import ModelConfig
+
+
+def test_published_run_takes_its_published_time_and_money() -> None:
+    training = make_plan(PlanConfig("v3-671b", hardware="2048xH800", tokens="14.8T", mfu=0.3894))["training"]
+    assert training["device_hours"] == pytest.approx(2664e3, rel=0.005)
+    assert training["usd"] == pytest.approx(5.328e6, rel=0.005)
+    assert training["seconds"] / 86400 == pytest.approx(54.2, rel=0.005)
+
+
+def test_v3_does_not_fit_one_node_and_fits_the_cluster() -> None:
+    node = make_plan(PlanConfig("v3-671b", hardware="8xH800", recompute=True))
+    cluster = make_plan(PlanConfig("v3-671b", hardware="2048xH800", recompute=True))
+    assert not node["training_memory"]["fits"]
+    assert cluster["training_memory"]["fits"]
+    assert "training" not in node
+
+
+def test_table_shows_the_headline_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sputnik(["plan", "v3-671b", "--hardware", "8xH800", "--tokens", "1B"]) == 0
+    shown = capsys.readouterr().out
+    for figure in ("671", "37.6", "70,272 bytes", "does not fit", "--recompute", "250.5 G", "published"):
+        assert figure in shown
+
+
+def test_json_holds_the_same_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sputnik(["plan", "tiny", "--hardware", "A100", "--tokens", "3M", "--usd-per-hour", "1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan == make_plan(PlanConfig("tiny", hardware="A100", tokens="3M", usd_per_hour=1.0))
+    assert plan["training"]["usd"] == plan["training"]["device_hours"]
+    assert plan["training_memory"]["precision"] == "bf16"
+
+
+def test_shape_is_read_from_preset_directory_and_file(checkpoint: Path) -> None:
+    assert read_shape("tiny") == ModelConfig.preset("tiny")
+    assert read_shape(str(checkpoint)) == read_shape(str(checkpoint / "config.json"))
+    assert read_shape(str(checkpoint)).hidden_size == ModelConfig.preset("tiny").hidden_size
+
+
+def test_what_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="neither a preset"):
+        read_shape("tinny")
+    broken = tmp_path / "config.json"
+    broken.write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_shape(str(broken))
+    assert sputnik(["plan", "tiny", "--hardware", "8xH9000"]) == 2
+    assert capsys.readouterr().err.startswith("error: no hardware 'H9000'")
+
+
+def test_counts_are_read_with_their_unit() -> None:
+    assert [parse_count(text) for text in ("14.8T", "300m", "2e9", " 5K ", "17")] == [14.8e12, 3e8, 2e9, 5e3, 17]
+    for wrong in ("", "T", "-3M", "0", "1.2.3B", "3 million"):
+        with pytest.raises(ConfigError, match="14.8T"):
+            parse_count(wrong)
