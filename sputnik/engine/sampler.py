@@ -3,10 +3,10 @@
     sampler = Sampler(model, eos_id=tokenizer.eos_id)
     groups = sampler.generate([prompt_ids], SamplingParams(max_tokens=64), n=8)
 
-It is used by rollouts, evaluation and the terminal chat, and calls the same `Transformer` as the trainer, so that both sides
-share one log-probability. Prompts are prefilled once per distinct question and their cache rows repeated for the group.
-Finished rows leave the batch in bulk. What it leaves out on purpose: paging, prefix reuse across calls, admission of new
-requests while a batch runs, and independence of a sample from the rest of its batch.
+It is used by rollouts, evaluation and the terminal chat, and calls the same `Transformer` as the trainer, so that
+both sides share one log-probability. Prompts are prefilled once per distinct question and their cache rows repeated
+for the group. Finished rows leave the batch in bulk. What it leaves out on purpose: paging, prefix reuse across
+calls, admission of new requests while a batch runs, and independence of a sample from the rest of its batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,7 +46,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. `ids` ends with the stop token when finish is "stop"; `logprobs` are those of the policy at `temperature`."""
+    """One answer. `ids` ends with the stop token if finish is "stop"; `logprobs` are the policy's at `temperature`."""
 
     prompt: tuple[int, ...]
     ids: list[int]
@@ -85,9 +85,7 @@ class Sampler:
                     cache = cache.select(batch.compact())
                 logits = self.model(batch.last[:, None], cache=cache)[:, -1]
         done = batch.collect()
-        return [
-            [Generation(tuple(prompt), *done[i * n + j]) for j in range(n)] for i, prompt in enumerate(prompts)
-        ]
+        return [[Generation(tuple(prompt), *done[i * n + j]) for j in range(n)] for i, prompt in enumerate(prompts)]
 
     @torch.inference_mode()
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
@@ -173,8 +171,8 @@ class _Batch:
 def draw(logits: Tensor, params: SamplingParams, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sample (rows,) token ids from (rows, V) logits and return them with their log-probabilities.
 
-    The log-probability is that of the whole distribution at `temperature` (temperature 1 when greedy), before top-p: it is
-    what the trainer recomputes. Sampling is argmax of p / Exponential(1), the Gumbel trick without the logarithms.
+    The log-probability is that of the whole distribution at `temperature` (1 when greedy), before top-p: it is what
+    the trainer recomputes. Sampling is argmax of p / Exponential(1), the Gumbel trick without the logarithms.
     """
     scores = logits.float()
     if params.temperature not in (0.0, 1.0):

@@ -19,6 +19,8 @@ from sputnik.recipe.recipe import Kind, model_config
 from sputnik.recipe.runner import StageContext
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.pretrain import OUTCOME_FREE, PretrainConfig, pretrain
+from sputnik.train.rl import OUTCOME_FREE as RL_OUTCOME_FREE
+from sputnik.train.rl import RLConfig, train_rl
 
 
 def run_pretraining(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
@@ -41,12 +43,26 @@ def run_pretraining(config: PretrainConfig, context: StageContext) -> dict[str, 
     )
 
 
+def run_rl(config: RLConfig, context: StageContext) -> dict[str, Any]:
+    """R1-Zero on the parent's checkpoint."""
+    if context.parent is None:
+        raise ConfigError("an rl stage needs a parent with a checkpoint; write parent = NAME")
+    meter = Meter(*fleet(context.recipe.hardware))
+    return train_rl(config, context.parent / "checkpoint", context.directory, meter, context.console)
+
+
 KINDS = {
-    "corpus": Kind(CorpusConfig, build_corpus),
+    "corpus": Kind(CorpusConfig, build_corpus, headline=("tokens", "vocab_size", "held_out_tokens")),
     "pretrain": Kind(
-        PretrainConfig, run_pretraining, resumable=True, needs_model=True, outcome_free=frozenset(OUTCOME_FREE)
+        PretrainConfig,
+        run_pretraining,
+        resumable=True,
+        needs_model=True,
+        outcome_free=frozenset(OUTCOME_FREE),
+        headline=("tokens", "loss", "bits_per_byte", "tokens_per_s"),
     ),
-    "eval": Kind(EvalConfig, run_evaluation),
+    "rl": Kind(RLConfig, run_rl, resumable=True, outcome_free=frozenset(RL_OUTCOME_FREE)),
+    "eval": Kind(EvalConfig, run_evaluation, headline=("pass@1", "cons@k", "truncated")),
 }
 
 

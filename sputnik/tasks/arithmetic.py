@@ -112,7 +112,7 @@ class Line:
     result: int
 
     def __str__(self) -> str:
-        return f"{self.left} {self.sign} {self.right} = {self.result}"
+        return f"{self.left}{self.sign}{self.right}={self.result}"
 
 
 def working(words: list[str], rng: random.Random | None = None, slip: float = 0.0) -> list[Line]:

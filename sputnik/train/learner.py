@@ -1,8 +1,8 @@
 """The learner: one optimiser step of the policy objective over some samples, through the one log-probability path.
 
-A mini-batch is cut into micro-batches of similar length. The normaliser of the objective belongs to the whole mini-batch, so
-the cut changes memory and speed and not the gradient. `score` and `update` run the very same forward pass on the very same
-tensors, which is why the ratio pi / pi_old is exactly 1 in the first step after a rollout.
+A mini-batch is cut into micro-batches of similar length. The normaliser of the objective belongs to the whole mini-
+batch, so the cut changes memory and speed and not the gradient. `score` and `update` run the very same forward pass
+on the very same tensors, which is why the ratio pi / pi_old is exactly 1 in the first step after a rollout.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ def pack(samples: Sequence[Sample], objective: Objective, max_tokens: int, budge
     for end in range(1, len(work) + 1):
         widest = _length(samples[work[end]]) if end < len(work) else budget
         if end == len(work) or (end + 1 - start) * widest > budget:
-            chosen = work[start:end]
-            batches.append(_micro_batch([samples[i] for i in chosen], mask[chosen], weights[chosen], advantages[chosen]))
+            rows = work[start:end]
+            batches.append(_micro_batch([samples[i] for i in rows], mask[rows], weights[rows], advantages[rows]))
             start = end
     return batches
 
@@ -76,8 +76,7 @@ def _micro_batch(samples: Sequence[Sample], mask: Tensor, weights: Tensor, advan
     prompts = torch.tensor([len(sample.generation.prompt) for sample in samples])
     rows, answer_positions = mask.nonzero(as_tuple=True)
     columns = prompts[rows] + answer_positions - 1
-    empty = torch.zeros(len(samples), width)
-    policy = PolicyBatch(mask, weights[:, :width], advantages, old=empty, sampler=sampler)
+    policy = PolicyBatch(mask, weights[:, :width], advantages, old=sampler, sampler=sampler)
     return MicroBatch(ids, lengths, rows, columns, ids[rows, columns + 1], policy)
 
 
@@ -92,7 +91,8 @@ class UpdateStats:
     entropy: float
     ratio_error: float
     grad_norm: float
-    gradients_finite: bool
+    finite: bool
+    """Whether the gradient norm was; if not, the weights did not move."""
 
 
 class Learner:
@@ -120,8 +120,8 @@ class Learner:
         with autocast(self.precision):
             return self._logprobs(model, batch)[0]
 
-    def update(self, batches: Sequence[MicroBatch], apply: bool = True) -> UpdateStats:
-        """One clipped optimiser step over the micro-batches; without `apply`, or with a non-finite gradient, no step."""
+    def update(self, batches: Sequence[MicroBatch]) -> UpdateStats:
+        """One optimiser step over the micro-batches, gradient norm clipped; none if that is not finite."""
         self.optimizer.zero_grad(set_to_none=True)
         parts: list[PolicyLoss] = []
         entropy = torch.zeros(())
@@ -134,13 +134,13 @@ class Learner:
             entropy += batch_entropy
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         finite = bool(torch.isfinite(grad_norm))
-        if apply and finite and batches:
+        if finite and batches:
             self.optimizer.step()
         return _stats(parts, float(entropy), float(grad_norm), finite)
 
     def _logprobs(self, model: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         hidden = model.trunk(batch.ids).hidden[batch.rows, batch.columns]
-        flat, entropy = token_logprobs(hidden, model.head_weight, batch.targets, self.temperature)
+        flat, entropy = token_logprobs(hidden, model.lm_head.weight, batch.targets, self.temperature)
         logprobs = flat.new_zeros(batch.policy.mask.shape).masked_scatter(batch.policy.mask, flat)
         return logprobs, entropy.detach().sum()
 
@@ -156,5 +156,5 @@ def _stats(parts: Sequence[PolicyLoss], entropy: float, grad_norm: float, finite
         entropy=share * entropy,
         ratio_error=max((float(part.ratio_error) for part in parts), default=0.0),
         grad_norm=grad_norm,
-        gradients_finite=finite,
+        finite=finite,
     )

@@ -1,7 +1,8 @@
 """The policy objective: pure functions from log-probabilities and rewards to a loss and the figures that explain it.
 
-GRPO as published (DeepSeekMath 4.1, R1 2.1) is the default `Objective`; Dr. GRPO, DAPO and GSPO are other settings of the same
-few switches, so that two variants differ by data and not by code. Nothing here knows of models, prompts or optimisers.
+GRPO as published (DeepSeekMath 4.1, R1 2.1) is the default `Objective`; Dr. GRPO, DAPO and GSPO are other settings of
+the same few switches, so that two variants differ by data and not by code. Nothing here knows of models, prompts or
+optimisers.
 
 Shapes: N sequences, L completion positions; `mask` (N, L) is True on sampled tokens (end-of-sequence included).
 Sampling-side matters (dropping groups without spread, the overlong penalty) live in `train/rollout.py`.
@@ -31,7 +32,7 @@ class Objective:
     std_normalised: bool = True
     """Divide the group advantage by the group's standard deviation; Dr. GRPO does not (difficulty bias)."""
     average: Literal["sequence", "token", "constant"] = "sequence"
-    """sequence: 1/|o_i| then mean (GRPO). token: one mean over all tokens (DAPO). constant: sum / max_tokens (Dr. GRPO)."""
+    """sequence: 1/|o_i|, then the mean (GRPO). token: mean over all tokens (DAPO). constant: 1/limit (Dr. GRPO)."""
     ratio: Literal["token", "sequence"] = "token"
     """sequence: one length-normalised ratio per answer (GSPO)."""
     importance_cap: float = 0.0
@@ -41,7 +42,7 @@ class Objective:
     dynamic_sampling: bool = False
     """Replace groups whose rewards are all equal by new questions (DAPO)."""
     overlong_share: float = 0.0
-    """Soft penalty, growing to 1, over this last share of the token limit (DAPO: 4,096 of 20,480). 0 switches it off."""
+    """Soft penalty, growing to 1, over this last share of the token limit (DAPO: 4,096 of 20,480). 0: none."""
 
     @classmethod
     def named(cls, name: str, changes: Mapping[str, Any], where: str = "objective") -> "Objective":
@@ -105,9 +106,9 @@ class PolicyBatch:
     advantages: Tensor
     old: Tensor
     """log pi_old by the trainer's own forward pass, before the first update on this rollout."""
+    sampler: Tensor
+    """log pi_old as the sampler saw it: used with `importance_cap`, and for the mismatch between the two sides."""
     reference: Tensor | None = None
-    sampler: Tensor | None = None
-    """log pi_old as the sampler saw it; needed with `importance_cap` only."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class PolicyLoss:
 
 
 def policy_loss(logprobs: Tensor, batch: PolicyBatch, objective: Objective) -> PolicyLoss:
-    """The clipped surrogate with KL penalty, to be minimised. `logprobs` (N, L) under the current policy, with gradient."""
+    """The clipped surrogate with KL penalty, to be minimised. `logprobs` (N, L): the current policy, with gradient."""
     mask = batch.mask.float()
     log_ratio = (logprobs - batch.old) * mask
     if objective.ratio == "sequence":
@@ -134,8 +135,6 @@ def policy_loss(logprobs: Tensor, batch: PolicyBatch, objective: Objective) -> P
     clipped_ratio = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped_ratio * advantages)
     if objective.importance_cap:
-        if batch.sampler is None:
-            raise ConfigError("importance_cap needs the sampler's log-probabilities in the batch")
         surrogate = surrogate * (batch.old - batch.sampler).exp().clamp(max=objective.importance_cap)
     per_token = -surrogate
     kl_sum = torch.zeros((), dtype=logprobs.dtype, device=logprobs.device)

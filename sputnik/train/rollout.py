@@ -1,8 +1,8 @@
 """Rollouts: questions in, judged groups of answers out.
 
-One group is G answers of the current policy to one question; each answer is parsed into thought and answer, judged by the
-task's verifier in a worker process, and rewarded. Rewards are R1-Zero's: accuracy plus format, equal weight (R1 2.2), and
-DAPO's soft overlong penalty where the objective asks for it. Nothing here changes weights.
+One group is G answers of the current policy to one question; each answer is parsed into thought and answer, judged by
+the task's verifier in a worker process, and rewarded. Rewards are R1-Zero's: accuracy plus format, equal weight (R1
+2.2), and DAPO's soft overlong penalty where the objective asks for it. Nothing here changes weights.
 """
 
 import time
@@ -83,24 +83,24 @@ class RolloutWorker:
         self.pool = pool
         self.template = template
         self.objective = objective
-        self.seconds: Counter[str] = Counter()
-        """Wall seconds by phase ("generate", "verify") since the last `collect` began."""
+        self.generate_s = 0.0
+        self.verify_s = 0.0
+        """Wall seconds of the last `collect`, by phase."""
 
     def collect(self, problems: Sequence[Problem], group_size: int, params: SamplingParams) -> list[Group]:
         """One group per problem, advantages filled in."""
-        self.seconds.clear()
         started = time.perf_counter()
         messages = [[{"role": "user", "content": problem.prompt}] for problem in problems]
         prompts = [render(self.tok, message, template=self.template) for message in messages]
         drawn = self.sampler.generate([prompt.ids for prompt in prompts], params, n=group_size)
-        self.seconds["generate"] += time.perf_counter() - started
+        self.generate_s = time.perf_counter() - started
         started = time.perf_counter()
         groups = [
             [self._parsed(problem, generation, prompt.in_thought) for generation in generations]
             for problem, prompt, generations in zip(problems, prompts, drawn, strict=True)
         ]
         groups = self._judged(groups, params.max_tokens)
-        self.seconds["verify"] += time.perf_counter() - started
+        self.verify_s = time.perf_counter() - started
         return [with_advantages(group, self.objective.std_normalised) for group in groups]
 
     def _parsed(self, problem: Problem, generation: Generation, in_thought: bool) -> Sample:
@@ -131,7 +131,7 @@ class RolloutWorker:
 
 
 def with_advantages(group: Group, std_normalised: bool) -> Group:
-    """Fill in the group advantages. Answers nobody could judge keep 0, and so does a group with fewer than two others."""
+    """Fill in the group advantages. Answers nobody could judge keep 0, and so do groups with fewer than two others."""
     judged = [sample for sample in group if sample.judged]
     if len(judged) < 2:
         return group

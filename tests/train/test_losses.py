@@ -25,21 +25,21 @@ def example(seed: int = 0, spread: float = 0.3) -> tuple[torch.Tensor, PolicyBat
     base = -torch.rand(4, 5, generator=noise) * 2 - 0.1
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     old, reference, sampler = logprobs(0.0), logprobs(spread), logprobs(spread)
-    batch = PolicyBatch(mask, torch.empty(0), advantages, old, reference, sampler)
+    batch = PolicyBatch(mask, torch.empty(0), advantages, old, sampler, reference)
     return logprobs(spread).requires_grad_(), batch
 
 
 def with_weights(batch: PolicyBatch, objective: Objective) -> PolicyBatch:
     weights = token_weights(batch.mask, objective.average, MAX_TOKENS)
     reference = batch.reference if objective.kl_beta else None
-    return PolicyBatch(batch.mask, weights, batch.advantages, batch.old, reference, batch.sampler)
+    return PolicyBatch(batch.mask, weights, batch.advantages, batch.old, batch.sampler, reference)
 
 
 def reference_loss(logprobs: torch.Tensor, batch: PolicyBatch, objective: Objective) -> float:
     """The formulas, one token at a time."""
     total_tokens = sum(LENGTHS)
     loss = 0.0
-    assert batch.sampler is not None and batch.reference is not None
+    assert batch.reference is not None
     for i, length in enumerate(LENGTHS):
         drift = [float(logprobs[i, t] - batch.old[i, t]) for t in range(length)]
         for t in range(length):
@@ -117,7 +117,7 @@ def test_clip_stops_the_gradient_only_outside_and_only_in_the_profitable_directi
     ratios = torch.tensor([[1.5], [1.5], [0.5], [0.5]])
     logprobs = (old + ratios.log()).requires_grad_()
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    batch = PolicyBatch(mask, torch.full((4, 1), 0.25), advantages, old)
+    batch = PolicyBatch(mask, torch.full((4, 1), 0.25), advantages, old, old)
     result = policy_loss(logprobs, batch, Objective(kl_beta=0.0))
     result.loss.backward()
     assert [bool(g) for g in logprobs.grad.flatten()] == [False, True, True, False]
@@ -162,7 +162,12 @@ def test_splitting_into_micro_batches_changes_nothing() -> None:
     parts = 0.0
     for rows in ([0, 2], [1, 3]):
         part = PolicyBatch(
-            whole.mask[rows], whole.weights[rows], whole.advantages[rows], whole.old[rows], whole.reference[rows]
+            whole.mask[rows],
+            whole.weights[rows],
+            whole.advantages[rows],
+            whole.old[rows],
+            whole.sampler[rows],
+            whole.reference[rows],
         )
         parts += policy_loss(logprobs[rows], part, objective).loss.item()
     assert parts == pytest.approx(policy_loss(logprobs, whole, objective).loss.item(), abs=1e-7)
