@@ -8,16 +8,16 @@ from pathlib import Path
 
 CEILINGS = {
     "(top)": 900,
-    "cli": 1000,
+    "cli": 1200,
     "engine": 800,
     "eval": 500,
     "model": 2000,
-    "recipe": 1600,
+    "recipe": 2600,
     "tasks": 1600,
     "text": 1400,
-    "train": 2400,
+    "train": 2800,
 }
-TOTAL = 10_000
+TOTAL = 12_500
 
 
 def count(package: Path) -> dict[str, dict[str, int]]:

@@ -40,6 +40,7 @@ class Kind:
     `run(config, context)` returns a few figures for the lineage. A `resumable` one writes into its directory as it goes
     and continues by itself when called again; any other gets a fresh directory that appears only when it is complete.
     `needs_model` puts the recipe's [model] table into the hash of the stage; `outcome_free` keys stay out of it.
+    `headline` names the figures that are shown when a stage ends; all of them are in the lineage.
     """
 
     config: type
@@ -47,6 +48,7 @@ class Kind:
     resumable: bool = False
     needs_model: bool = False
     outcome_free: frozenset[str] = frozenset()
+    headline: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,9 @@ def run_recipe(
                 if decisions[stage.name] == "skip":
                     _say_skipped(lineage.records[stage.name], title, console)
                     continue
-                console.print(title if decisions[stage.name] == "run" else f"{title}: continuing")
+                console.print(
+                    title if decisions[stage.name] == "run" else f"{title}: continuing{_other_code(lineage, stage)}"
+                )
                 (run / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
                 _run_stage(stage, recipe, kind_of(stage.kind), lineage, console)
         except BaseException:
@@ -126,8 +128,8 @@ def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, conso
             _close(running, lineage, _price(time.monotonic() - clock, recipe), outcome, {})
         raise
     total = _close(running, lineage, _price(time.monotonic() - clock, recipe), "done", result)
-    figures = "".join(f", {key} {_short(value)}" for key, value in result.items())
-    console.print(f"    {stage.name} done in {duration(total.seconds)}, ${total.usd:.4f}{figures}")
+    figures = "".join(f", {key} {_short(result[key])}" for key in kind.headline if key in result)
+    console.print(f"    {stage.name} done in {duration(total.seconds)}, ${total.usd:.4f}{figures}", soft_wrap=True)
 
 
 def _close(running: Record, lineage: Lineage, attempt: Spent, outcome: Status, result: Mapping[str, Any]) -> Spent:
@@ -195,8 +197,14 @@ def _price(seconds: float, recipe: Recipe) -> Spent:
 
 
 def _say_skipped(record: Record, title: str, console: Console) -> None:
-    note = "" if record.code == code_version() else ", made by other code"
+    note = "" if record.code == code_version() else f", made by code {record.code}"
     console.print(f"{title}: finished before, unchanged{note}")
+
+
+def _other_code(lineage: Lineage, stage: Stage) -> str:
+    """A warning where a result may differ from an unbroken run."""
+    begun = lineage.records[stage.name].code
+    return "" if begun == code_version() else f"; [yellow]begun by code {begun}, this is {code_version()}[/]"
 
 
 def plan_table(recipe: Recipe, decisions: Mapping[str, Decision], todo: set[str]) -> Table:
