@@ -238,8 +238,8 @@ def training_memory(
     """Bytes on each of `devices`, states split evenly (ZeRO-3), for `tokens` per device in one micro-batch.
 
     Activations are what autograd keeps: inputs of every matmul, queries, keys and values before and after rotation,
-    both SwiGLU halves, in 4 bytes for fp32 and 2 otherwise; within a fifth of what our models keep. The loss is
-    computed in chunks of 512 tokens. `recompute` keeps only each block's input and the inside of one block.
+    both SwiGLU halves, in 4 bytes for fp32 and 2 otherwise; rough, within a factor of two of what our models keep. The
+    loss is computed in chunks of 512 tokens. `recompute` keeps only each block's input and the inside of one block.
     """
     count = parameters(config)
     weights, gradients, optimizer = ((count.total + count.mtp) * size / devices for size in STATE_BYTES[precision])
