@@ -18,12 +18,10 @@ from sputnik.recipe.evaluation import EvalConfig, run_evaluation
 from sputnik.recipe.recipe import Kind, model_config
 from sputnik.recipe.runner import StageContext
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train.pretrain import OUTCOME_FREE, PretrainConfig, pretrain
-from sputnik.train.rl import OUTCOME_FREE as RL_OUTCOME_FREE
-from sputnik.train.rl import RLConfig, train_rl
+from sputnik.train import pretrain, rl
 
 
-def run_pretraining(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
+def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> dict[str, Any]:
     """A base model from the corpus above; its vocabulary and special tokens come from that corpus's tokenizer."""
     corpus = context.ancestors.get("corpus")
     if corpus is None:
@@ -38,30 +36,36 @@ def run_pretraining(config: PretrainConfig, context: StageContext) -> dict[str, 
         pad_token_id=tok.pad_id,
     )
     meter = Meter(*fleet(context.recipe.hardware))
-    return pretrain(
+    return pretrain.pretrain(
         config, shape, tok, corpus / "train", corpus / "held_out", context.directory, meter, context.console
     )
 
 
-def run_rl(config: RLConfig, context: StageContext) -> dict[str, Any]:
+def run_rl(config: rl.RLConfig, context: StageContext) -> dict[str, Any]:
     """R1-Zero on the parent's checkpoint."""
     if context.parent is None:
         raise ConfigError("an rl stage needs a parent with a checkpoint; write parent = NAME")
     meter = Meter(*fleet(context.recipe.hardware))
-    return train_rl(config, context.parent / "checkpoint", context.directory, meter, context.console)
+    return rl.train_rl(config, context.parent / "checkpoint", context.directory, meter, context.console)
 
 
 KINDS = {
     "corpus": Kind(CorpusConfig, build_corpus, headline=("tokens", "vocab_size", "held_out_tokens")),
     "pretrain": Kind(
-        PretrainConfig,
+        pretrain.PretrainConfig,
         run_pretraining,
         resumable=True,
         needs_model=True,
-        outcome_free=frozenset(OUTCOME_FREE),
+        outcome_free=frozenset(pretrain.OUTCOME_FREE),
         headline=("tokens", "loss", "bits_per_byte", "tokens_per_s"),
     ),
-    "rl": Kind(RLConfig, run_rl, resumable=True, outcome_free=frozenset(RL_OUTCOME_FREE)),
+    "rl": Kind(
+        rl.RLConfig,
+        run_rl,
+        resumable=True,
+        outcome_free=frozenset(rl.OUTCOME_FREE),
+        headline=("reward", "accuracy_reward", "length", "tokens_per_s"),
+    ),
     "eval": Kind(EvalConfig, run_evaluation, headline=("pass@1", "cons@k", "truncated")),
 }
 
