@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -38,6 +38,7 @@ SHIPPED = (
     ("gym", "sputnik.tasks.gym:Gym"),
     ("math", "sputnik.tasks.math:MathFile"),
 )
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # what no answer needs and some parsers step over
 REJECTIONS = 2000  # draws in a row that bring nothing new before a family counts as dry
 
 
@@ -190,6 +191,8 @@ def judge(task: Task, problem: Problem, answer: str) -> Judgement:
     cls = type(task)
     if len(answer) > task.longest_answer:
         return Judgement(Verdict.UNPARSEABLE, f"longer than {task.longest_answer} characters")
+    if CONTROL.search(answer):
+        return Judgement(Verdict.UNPARSEABLE, "control characters")
     try:
         verdict = task.verify(problem, answer)
     except Exception as error:  # noqa: BLE001 - the verifier may be a user's; what it raises becomes a counted verdict
@@ -267,7 +270,7 @@ def broken_task(error: Exception, what: str, cls: type[Task] | None = None) -> T
 def _some_problems(task: Task, n: int) -> list[Problem]:
     """Up to `n` problems from whatever splits the task has, as a worker would receive them (meta through JSON)."""
     splits: tuple[Split, ...] = ("train", "validation", "test")
-    found = [problem for split in splits for problem in islice(task.stream(split, seed=0), n)][:n]
+    found = list(islice(chain.from_iterable(task.stream(split, seed=0) for split in splits), n))
     if not found:
         raise TaskError(f"task {task.name!r} has no problems at all")
     try:

@@ -4,13 +4,17 @@ Options are the fields of the family's own configuration, and `size`, how many p
 its index and made again by the verifier, which refuses it as ERROR should it come out different. Only a full score is
 CORRECT: partial credit such as the 0.01 of countdown teaches a model to collect crumbs.
 
+Some scorers are lenient, and the self-check refuses those; `tolerates = ["several"]` takes one knowingly.
+
 Left out: families that cannot be trusted, listed in `REFUSED` with the reason. `gsm_symbolic` is made from GSM8K test
 questions: do not train on it and then report GSM8K.
 """
 
 import random
+import re
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, Self
 
 from sputnik.config import check_keys
@@ -22,6 +26,7 @@ NO_GOLD = "it stores no gold answer, so its scorer cannot be checked"
 REFUSED = (
     ("game_of_life_halting", "its scorer pays any text"),
     ("coin_flip", 'its scorer pays the constant answer "0"'),
+    ("complex_arithmetic", 'its scorer pays the constant answer "nan"'),
     ("boxnet", NO_GOLD),
     ("graph_color", NO_GOLD),
     ("propositional_logic", NO_GOLD),
@@ -35,6 +40,7 @@ REFUSED = (
 )
 FULL_SCORE = 0.999
 SIZE = 100_000
+TRIES = 20
 
 
 class Gym(Task):
@@ -42,9 +48,10 @@ class Gym(Task):
 
     version = "reasoning-gym"
 
-    def __init__(self, dataset: Any, name: str, version: str) -> None:
+    def __init__(self, dataset: Any, name: str, version: str, tolerates: tuple[str, ...]) -> None:
         self.name = f"gym:{name}"
         self.version = version
+        self.tolerates = tolerates
         self._dataset = dataset
         self._entry = lru_cache(maxsize=256)(self._make)  # the answers of a group share their problem
 
@@ -61,12 +68,13 @@ class Gym(Task):
         if argument not in DATASETS:
             raise TaskError(f"gym has no family {argument!r}; known: {', '.join(sorted(DATASETS))}")
         known = [name for name in DATASETS[argument][1].__dataclass_fields__ if name != "seed"]
-        check_keys(options, known, f"task 'gym:{argument}'")
+        check_keys(options, [*known, "tolerates"], f"task 'gym:{argument}'")
+        settings = {"size": SIZE} | {key: options[key] for key in options if key != "tolerates"} | {"seed": 0}
         try:
-            dataset = reasoning_gym.create_dataset(argument, **({"size": SIZE} | dict(options) | {"seed": 0}))
+            dataset = reasoning_gym.create_dataset(argument, **settings)
         except (AssertionError, ValueError, TypeError) as error:
             raise ConfigError(f"task 'gym:{argument}': {error}") from None
-        return cls(dataset, argument, f"reasoning-gym {reasoning_gym.__version__}")
+        return cls(dataset, argument, f"reasoning-gym {version('reasoning-gym')}", tuple(options.get("tolerates", ())))
 
     def _make(self, index: int) -> tuple[dict[str, Any], bool]:
         """The entry at `index`, and whether its own gold answer earns the full score."""
@@ -74,9 +82,22 @@ class Gym(Task):
         return entry, self._dataset.score_answer(answer=entry["answer"], entry=entry) >= FULL_SCORE
 
     def generate(self, rng: random.Random) -> Problem:
-        index = rng.randrange(self._dataset.size)
-        entry, _ = self._entry(index)
+        for tries_left in reversed(range(TRIES)):
+            index = rng.randrange(self._dataset.size)
+            try:
+                entry, _ = self._entry(index)
+                break
+            except (RuntimeError, ValueError):  # e.g. maze finds no path now and then
+                if tries_left == 0:
+                    raise
         return Problem(prompt=entry["question"], gold=entry["answer"], meta={"index": index})
+
+    def damage(self, gold: str) -> str:
+        """The first digit changed, for many scorers round, or forgive a unit at the end; else the default."""
+        digit = re.search("[0-9]", gold)
+        if digit is None:
+            return super().damage(gold)
+        return gold[: digit.start()] + str((int(digit.group()) + 1) % 10) + gold[digit.end() :]
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         entry, gold_pays = self._entry(problem.meta["index"])
@@ -85,7 +106,7 @@ class Gym(Task):
         if not gold_pays:
             return Verdict.BAD_GOLD
         answer = answer.strip()
-        if not answer:
+        if not answer or any(c.isdecimal() and not c.isascii() for c in answer):
             return Verdict.UNPARSEABLE
         try:
             score = self._dataset.score_answer(answer=answer, entry=entry)

@@ -24,7 +24,7 @@ from sputnik.tasks.base import Problem, Split, Task, Verdict, hash_of, split_of
 
 PROMPT_KEYS = ("prompt", "problem", "question")
 ANSWER_KEYS = ("answer", "gold")
-PROSE = r"[A-Za-z]{2,}\s+[A-Za-z]{2,}"
+NOT_BARE = r"(?<!\\)\b[A-Za-z]{2,}\s+[A-Za-z]{2,}|</?[a-z]+>|\\boxed"  # prose, tags, a box that never closes
 TWO_NUMBERS = r"[0-9]\s+[0-9]+(?![0-9]*\s*/)"  # math-verify adds them up, as in the mixed number 5 1/2
 
 
@@ -105,7 +105,7 @@ def read(text: str) -> list[Any]:
         raise MissingPackage("math-verify", "math") from None
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the missing time limit, which is ours to set
     contents = {content.strip() for content in boxes(text)}
-    if not contents and not re.search(PROSE, re.sub(r"\\text *{[^}]*}|\\[A-Za-z]+", "", text)):
+    if not contents and not re.search(NOT_BARE, re.sub(r"\\text *{[^}]*}", "", text)):
         contents = {text.strip().strip("$")}
     if len(contents) != 1 or any(re.search(TWO_NUMBERS, content) for content in contents):
         return []

@@ -1,0 +1,146 @@
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sputnik.errors import ConfigError, TaskError
+from sputnik.tasks.base import Judgement, Problem, Task, Verdict, best_constant, judge, load_task, self_check
+from sputnik.tasks.verify import VerifierPool
+
+TASKS = ("arithmetic", "countdown")
+
+
+class Digit(Task):
+    """Forty questions in all; the verifier is replaced in the tests that need a bad one."""
+
+    name = "digit"
+
+    def generate(self, rng: random.Random) -> Problem:
+        number = rng.randrange(40)
+        return Problem(prompt=f"Last digit of {number}?", gold=str(number % 10))
+
+    def verify(self, problem: Problem, answer: str) -> Verdict | bool:
+        return answer.strip() == problem.gold
+
+
+@pytest.mark.parametrize("spec", TASKS)
+@settings(max_examples=6, deadline=None)
+@given(seeds=st.tuples(*[st.integers(0, 10**6)] * 3))
+def test_splits_share_no_question_whatever_the_seeds(spec: str, seeds: tuple[int, int, int]) -> None:
+    task = load_task(spec)
+    splits = ("train", "validation", "test")
+    ids = [{problem.id for problem in task.problems(split, 40, seed)} for split, seed in zip(splits, seeds)]
+    assert all(len(found) == 40 for found in ids)
+    assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
+
+
+@pytest.mark.parametrize("spec", TASKS)
+def test_same_seed_same_problems_other_seed_others(spec: str) -> None:
+    task = load_task(spec)
+    assert task.problems("train", 50, 3) == load_task(spec).problems("train", 50, 3)
+    assert task.problems("train", 50, 3) != task.problems("train", 50, 4)
+
+
+def test_other_options_never_move_a_question_into_another_split() -> None:
+    short = {problem.id for problem in load_task("arithmetic", {"terms": [2, 3]}).problems("train", 500)}
+    long = {problem.id for problem in load_task("arithmetic", {"terms": [2, 4]}).problems("test", 500)}
+    assert not short & long
+
+
+def test_demonstrations_come_from_the_train_split_only() -> None:
+    task = load_task("arithmetic", {"terms": [2, 3]})
+    shown = {example.prompt for example in task.demonstrations(3000, seed=1)}
+    held_out = {problem.prompt for split in ("validation", "test") for problem in task.problems(split, 150)}
+    assert len(shown) > 500 and not shown & held_out
+
+
+def test_a_family_that_runs_dry_says_how_many_it_has() -> None:
+    sizes = []
+    for split in ("train", "validation", "test"):
+        with pytest.raises(TaskError, match=rf"'digit' has only \d+ distinct {split} problems; ask for 41") as caught:
+            Digit().problems(split, 41)
+        sizes.append(int(re.findall(r"only (\d+)", str(caught.value))[0]))
+    assert sum(sizes) == 40
+
+
+@pytest.mark.parametrize("spec", TASKS)
+def test_shipped_task_passes_its_self_check_in_process_and_in_the_pool(spec: str) -> None:
+    self_check(load_task(spec))
+    with VerifierPool(spec) as pool:
+        self_check(load_task(spec), verify=pool.verify)
+
+
+@pytest.mark.parametrize(
+    ("cheat", "named"),
+    [
+        (lambda problem, answer: problem.gold in answer, "attack"),
+        (lambda problem, answer: answer.strip() in problem.gold, "'empty'"),
+        (lambda problem, answer: answer != "", "damaged gold"),
+        (lambda problem, answer: False, "WRONG to the gold answer"),
+        (lambda problem, answer: int(answer) == int(problem.gold), "ERROR to attack 'empty'.*ValueError"),
+        (lambda problem, answer: None, "ERROR to the gold answer.*Verdict or a bool"),
+        (lambda problem, answer: answer.strip().split(" ")[0] == problem.gold, "'several'"),
+        (lambda problem, answer: answer.strip().endswith(problem.gold), "'several'"),
+        (lambda problem, answer: answer.strip().isdecimal() and int(answer) == int(problem.gold), "unicode_digits"),
+    ],
+)
+def test_self_check_refuses_a_verifier_that_can_be_cheated(cheat, named: str, monkeypatch) -> None:
+    monkeypatch.setattr(Digit, "verify", lambda self, problem, answer: cheat(problem, answer))
+    with pytest.raises(TaskError, match=named) as caught:
+        self_check(Digit())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tolerated_attack_is_not_tried(monkeypatch) -> None:
+    sentences = lambda problem: (problem.gold, f"The answer is {problem.gold}, I think.")  # noqa: E731
+    monkeypatch.setattr(Digit, "verify", lambda self, problem, answer: answer.strip() in sentences(problem))
+    with pytest.raises(TaskError, match="'sentence'"):
+        self_check(Digit())
+    monkeypatch.setattr(Digit, "tolerates", ("sentence",))
+    self_check(Digit())
+
+
+def test_an_endless_answer_never_reaches_the_verifier() -> None:
+    problem = Digit().problems("train", 1)[0]
+    assert judge(Digit(), problem, problem.gold + " " * 1_000_000).verdict == Verdict.UNPARSEABLE
+
+
+def test_meta_that_is_not_json_is_refused(monkeypatch) -> None:
+    odd = Problem(prompt="p", gold="1", meta={"value": complex(1, 2)})
+    monkeypatch.setattr(Digit, "generate", lambda self, rng: odd)
+    with pytest.raises(TaskError, match="meta of a problem must be JSON"):
+        self_check(Digit())
+
+
+def test_best_constant_is_the_commonest_gold() -> None:
+    task = load_task("arithmetic", {"terms": [2, 2], "largest": 3})
+    best = best_constant(task, 5, "train")
+    golds = [problem.gold for problem in task.problems("train", 5)]
+    assert best.accuracy == golds.count(best.answer) / 5 == max(map(golds.count, golds)) / 5
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "error", "message"),
+    [
+        ("arithmetics", {}, TaskError, "known: arithmetic, countdown, gym, math"),
+        ("arithmetic", {"term": [3, 4]}, ConfigError, "did you mean 'terms'"),
+        ("arithmetic", {"terms": [4, 3]}, ConfigError, "shortest <= longest"),
+        ("arithmetic", {"operators": "+/"}, ConfigError, "choose from"),
+        ("arithmetic", {"style_weights": {"best": 1}}, ConfigError, "style_weights"),
+        ("arithmetic:x", {}, TaskError, "takes no argument"),
+        ("countdown", {"operators": "/"}, ConfigError, "not / alone"),
+        ("nowhere/task.py", {}, TaskError, "no such task file"),
+    ],
+)
+def test_a_wrong_spec_or_option_is_one_line_with_the_fix(spec, options, error, message) -> None:
+    with pytest.raises(error, match=message) as caught:
+        load_task(spec, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_judge_turns_bools_into_verdicts() -> None:
+    problem = Digit().problems("train", 1)[0]
+    assert judge(Digit(), problem, problem.gold) == Judgement(Verdict.CORRECT)
+    assert judge(Digit(), problem, "x") == Judgement(Verdict.WRONG)
