@@ -49,15 +49,33 @@ class Stage:
         """Lines of rollouts.jsonl one by one: the file may be larger than memory."""
         return read_jsonl(self.path / "rollouts.jsonl")
 
+    def alarms(self) -> list[str]:
+        """What the guards of a training stage found, in the order of the steps."""
+        found = [read_json(path) or {} for path in self.path.glob("alarms/step-*.json")]
+        found.sort(key=lambda alarm: number((alarm.get("metrics") or {}).get("step")) or 0.0)
+        return [f"{alarm.get('message')} (action: {alarm.get('action')})" for alarm in found]
+
     def total(self, key: str) -> float | None:
-        """Seconds, usd or tokens of all attempts: from the lineage, else as far as the metrics have come."""
+        """Seconds or usd of all attempts: from the lineage, which holds zeros while a stage runs, else the metrics."""
         last = self.metrics[-1] if self.metrics else {}
-        sources = (self.record.get(key), (self.record.get("result") or {}).get(key), last.get(key))
-        return next((value for source in sources if (value := number(source))), None)
+        return number(self.record.get(key)) or number(last.get(key)) or None
+
+    @property
+    def tokens(self) -> float | None:
+        """Tokens read in pre-training; in RL, tokens of all answers (mean length times their number)."""
+        last = self.metrics[-1] if self.metrics else {}
+        if (read := number(last.get("tokens"))) is not None:
+            return read
+        drawn = [(number(row.get("length")) or 0.0) * sum((row.get("verdicts") or {}).values()) for row in self.metrics]
+        return math.fsum(drawn) or None
 
     @property
     def flops(self) -> float | None:
-        """FLOPs of all logged steps: each step's rate times the time since the line before."""
+        """FLOPs of all logged steps. Rates of pre-training are of the bare step, so go by tokens; else by the clock."""
+        last = self.metrics[-1] if self.metrics else {}
+        read, speed, rate = (number(last.get(key)) for key in ("tokens", "tokens_per_s", "flops_per_s"))
+        if read and speed and rate:
+            return read * rate / speed
         times, rates = column(self.metrics, "flops_per_s", "seconds")
         spans = [now - before for before, now in zip([0.0, *times], times, strict=False)]
         return math.fsum(rate * span for rate, span in zip(rates, spans, strict=True)) or None

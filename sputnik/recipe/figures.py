@@ -52,7 +52,7 @@ THINKING = (
     Curve(
         "thinking",
         "Thinking tokens per answer",
-        (("thinking_length", "thinking", "blue"), ("length_finished", "whole answer, if finished", "slate")),
+        (("thinking_length", "thinking", "blue"), ("length_finished", "whole finished answer", "slate")),
         "Thinking {} tokens per answer; no reward is paid for length.",
         show=count,
     ),
@@ -169,7 +169,8 @@ def draw(curve: Curve, stage: Stage, x: str = "step") -> Figure | None:
     measured = [series for series in measured if series[2]]
     if not measured:
         return None
-    caption = curve.words.format(trend(measured[0][3], curve.show))
+    first, seen = measured[0][0], trend(measured[0][3], curve.show)
+    caption = curve.words.format(seen) if first == curve.series[0][1] else f"{first[0].upper()}{first[1:]} {seen}."
     if curve.log:  # zero has no place on this axis, so words take its place
         caption += "".join(f" Zero at every step: {label}." for label, _, _, values in measured if not any(values))
         measured = [_positive(series) for series in measured if any(value > 0 for value in series[3])]
@@ -238,7 +239,7 @@ def expert_heat(stage: Stage) -> Figure | None:
         f"{max(cells):.2f} (red); a blank cell carries exactly its share. "
         + (f"{idle} of {len(cells)} experts get nothing." if idle else "No expert is idle.")
     )
-    labels = [f"layer {index}" for index in range(1, len(even) + 1)]
+    labels = [f"MoE {index}" for index in range(1, len(even) + 1)]
     name, alt = f"{stage.name}-experts", f"Heat map of {len(even)} MoE layers by {len(even[0])} experts."
     return Figure(name, "Expert load", alt, caption, plots.heat(name, even, labels))
 

@@ -76,9 +76,9 @@ def render_page(run: Run, facts: Mapping[str, Any]) -> str:
         "power": wording.power,
         "clip": lambda text: wording.clip(str(text or ""), LONGEST_TEXT),
         "badge": badge,
+        "sha256": lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(),
     }
     browsers = [(stage, found) for stage in run.of_kind("rl") if (found := samples.groups(stage))]
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return environment.get_template("report.html").render(
         run=run,
         facts=facts,
@@ -95,8 +95,6 @@ def render_page(run: Run, facts: Mapping[str, Any]) -> str:
         palette=PALETTE,
         verdict_roles=figures.VERDICT_ROLES,
         style=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sputnik.cost import HARDWARE
+from sputnik.cost import HARDWARE, parameters
 from sputnik.eval.stats import paired
-from sputnik.recipe.evidence import Run, Stage, number, read_run
+from sputnik.model.config import ModelConfig
+from sputnik.recipe.evidence import Run, Stage, number, read_json, read_run
 from sputnik.recipe.page import render_page
 
+MOST_ALARMS = 3
 ESTIMATE = ("mean", "low", "high", "n", "k")
 CONDITIONS = ("task", "task_version", "template_hash", "decoding", "n", "k")
 H800_HOURS = (
@@ -69,6 +71,7 @@ def gather(run: Run) -> dict[str, Any]:
         "warnings": _warnings(run),
         "best_constant": next((score["best_constant"] for score in judged if score.get("best_constant")), None),
         "task": next((score["task"] for score in judged if score.get("task")), None),
+        "model": _model_size(run),
         "stages": [{**_described(stage), **cost} for stage, cost in zip(run.stages, costs, strict=True)],
         "scores": {stage.name: {"of": _model(stage), **(stage.score or {})} for stage in run.stages if stage.score},
         "cost": {"stages": costs, "total": total, "discarded": _discarded(run), "published": published},
@@ -109,8 +112,15 @@ def _estimate(stage: Stage | None) -> dict[str, Any] | None:
 
 
 def _warnings(run: Run) -> list[str]:
-    """What a reader must know before believing the scores."""
-    return [f"{s.name}: {text}" for s in run.stages for text in (s.evaluation or {}).get("warnings") or ()]
+    """What a reader must know before believing the numbers: warnings of evaluations, alarms of training."""
+    found = []
+    for stage in run.stages:
+        found += [f"{stage.name}: {text}" for text in (stage.evaluation or {}).get("warnings") or ()]
+        alarms = stage.alarms()
+        found += [f"{stage.name}, alarm: {text}" for text in alarms[:MOST_ALARMS]]
+        if len(alarms) > MOST_ALARMS:
+            found.append(f"{stage.name}: {len(alarms) - MOST_ALARMS} more alarms in {stage.name}/alarms")
+    return found
 
 
 def _model(stage: Stage) -> str:
@@ -124,8 +134,20 @@ def _described(stage: Stage) -> dict[str, Any]:
 
 
 def _cost(stage: Stage) -> dict[str, Any]:
-    totals = {key: stage.total(key) for key in ("seconds", "tokens", "usd")}
-    return {"stage": stage.name, **totals, "flops": stage.flops}
+    spent = {key: stage.total(key) for key in ("seconds", "usd")}
+    return {"stage": stage.name, **spent, "tokens": stage.tokens, "flops": stage.flops}
+
+
+def _model_size(run: Run) -> dict[str, Any] | None:
+    """The network that was trained, from the first checkpoint there is."""
+    for stage in (run.zero, run.base):
+        config = read_json(stage.path / "checkpoint" / "config.json") if stage else None
+        if config is not None:
+            shape = ModelConfig.from_hf(config)
+            count = parameters(shape)
+            layers = {"layers": shape.num_hidden_layers, "experts": shape.n_routed_experts}
+            return {"type": shape.model_type, "parameters": count.total, "active": count.active, **layers}
+    return None
 
 
 def _discarded(run: Run) -> dict[str, float] | None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from sputnik.model.config import ModelConfig
+from sputnik.recipe.report import ReportPaths, write_report
+
 STEPS, GROUP = 240, 8
-HOSTILE = '</p></svg><script>alert("owned")</script><img src=x onerror=alert(1)>{{ 7*7 }} \u202e & \ud800'
 RECIPE = """name = "synthetic"
 seed = 0
 hardware = "cpu"
@@ -96,7 +98,7 @@ def rl_row(step: int, rng: random.Random) -> dict[str, Any]:
         "clip_share": 0.004 + 0.003 * rng.random(), "ratio_first": 0.0, "mismatch_mean": 2e-5 * (1 + rng.random()),
         "mismatch_p99": 4e-4 * (1 + rng.random()), "loss": rng.gauss(0, 0.01), "grad_norm": 0.4 + 0.2 * rng.random(),
         "lr": 3e-5, "generate_s": 3.1 + 2.2 * rise(step, 120, 30), "verify_s": 0.12, "train_s": 2.4 + rng.random() / 3,
-        "tokens_per_s": 5600.0, "flops_per_s": 1.3e11, "peak_share": 0.28, "tokens": 21_000 * step,
+        "tokens_per_s": 5600.0, "flops_per_s": 1.3e11, "peak_share": 0.28,
         "seconds": 7.1 * step, "usd": 2e-4 * step,
     }  # fmt: skip
     if step % 40 == 0:
@@ -182,14 +184,25 @@ def make_run(run: Path) -> Path:
     write_lines(run / "zero/metrics.jsonl", [rl_row(step, rng) for step in range(1, STEPS + 1)])
     rollouts = [rollout for step in range(10, STEPS + 1, 10) for rollout in rollout_group(step, rng)]
     write_lines(run / "zero/rollouts.jsonl", rollouts)
+    write_json(run / "zero/checkpoint/config.json", ModelConfig.preset("tiny").to_hf())
     write_json(run / "base-eval/eval.json", evaluation(0.12, 0.02, rng))
     write_json(run / "zero-eval/eval.json", evaluation(0.72, 0.72, rng))
     return run
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
+    """The report of a finished run, written once: most of its time goes into plots."""
+    return write_report(make_run(tmp_path_factory.mktemp("runs") / "synthetic"))
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    return make_run(tmp_path / "synthetic")
+def bare(tmp_path: Path) -> Path:
+    """The same run without metrics, hence without plots: quick to report on."""
+    run = make_run(tmp_path / "bare")
+    for log in run.glob("*/metrics.jsonl"):
+        log.unlink()
+    return run
 
 
 @pytest.fixture
