@@ -1,10 +1,11 @@
-"""`sputnik plan MODEL`: parameters, memory, time and money before anything runs.
+"""`sputnik plan MODEL_OR_RECIPE`: parameters, memory, time and money before anything runs.
 
     sputnik plan v3-671b --hardware 2048xH800 --tokens 14.8T      the published run: 54 days, 2.67M GPU-hours, $5.3M
-    sputnik plan runs/quickstart --hardware 8xH100 --tokens 2B --json
+    sputnik plan recipes/quickstart.toml                          each stage of a recipe
 
-Time = FLOPs / (peak x `--mfu`); memory assumes states split evenly over all devices and one sequence on each. Left out:
-communication, pipeline stages, failures, and the experiments that come before such a run.
+Time = FLOPs / (peak x `--mfu`); memory assumes states split evenly over all devices and one sequence on each. The plan of
+a recipe is an upper bound: every answer is as long as it may be. Left out: communication, pipeline stages, failures,
+verifiers, text work, and the experiments that come before such a run.
 """
 
 import json
@@ -21,6 +22,7 @@ from sputnik.cost import (
     Precision,
     decode_flops_per_token,
     device_hours,
+    forward_flops_per_token,
     kv_bytes_per_token,
     parameters,
     training_flops_per_token,
@@ -31,25 +33,34 @@ from sputnik.errors import CheckpointError, ConfigError
 from sputnik.hardware import GIB, Hardware, fleet
 from sputnik.model.config import PRESETS, ModelConfig
 from sputnik.recipe.checkpoints import find_checkpoint
-from sputnik.recipe.wording import count, duration, money, percent
+from sputnik.recipe.corpus import CorpusConfig
+from sputnik.recipe.evaluation import EvalConfig
+from sputnik.recipe.recipe import model_config, read_recipe
+from sputnik.recipe.stages import kind_of
+from sputnik.recipe.wording import count, duration, money, percent, power
+from sputnik.train.pretrain import PretrainConfig
+from sputnik.train.rl import RLConfig
 
 GPU_SHARE = 0.39
 """What DeepSeek-V3's own run reached, causal FLOPs against the BF16 peak."""
 CPU_SHARE = 0.3
 """What our tiny model reaches on one core."""
+DRAWING = 1 / 3
+"""Drawing answers reaches about this part of what training reaches: a tenth of the peak on a core, with 256 at once."""
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 @dataclass(frozen=True)
 class PlanConfig:
     model: Positional[str]
-    """A preset (tiny, mini, v2-lite, v3-671b), a run, a checkpoint directory, or the config.json of any such model."""
-    hardware: str = "cpu"
-    """NAME or COUNTxNAME, for example 8xH800; names: cpu (this machine), H800, H100, H200, A100, B200."""
+    """A preset (tiny, mini, v2-lite, v3-671b), a run, a checkpoint directory, a config.json, or a recipe.toml."""
+    hardware: str | None = None
+    """NAME or COUNTxNAME, e.g. 8xH800; names: cpu (this machine), H800, H100, H200, A100, B200; default: the recipe's
+    own, else cpu."""
     tokens: str | None = None
-    """Training tokens, for example 14.8T, 3M or 2e9; without it only sizes and memory are shown."""
+    """Training tokens of a model, for example 14.8T, 3M or 2e9; without it only sizes and memory are shown."""
     length: int = 4096
-    """Tokens in a training sequence, and cached tokens in the decoding figures."""
+    """Tokens in a training sequence of a model, and cached tokens in the decoding figures."""
     mfu: float | None = None
     """Share of the BF16 peak that training reaches; default 0.39 on GPUs (V3's own run) and 0.3 on a CPU."""
     precision: Precision | None = None
@@ -63,20 +74,21 @@ class PlanConfig:
 
 
 def main(config: PlanConfig) -> None:
-    plan = make_plan(config)
+    recipe = config.model.endswith(".toml")
+    plan = plan_recipe(config) if recipe else plan_model(config)
     if config.json:
         print(json.dumps(plan, indent=1))
     else:
-        Console().print(plan_table(plan))
+        Console().print(recipe_table(plan) if recipe else model_table(plan))
 
 
-def make_plan(config: PlanConfig) -> dict[str, Any]:
-    """All figures of the plan as plain values: bytes, seconds, dollars."""
+def plan_model(config: PlanConfig) -> dict[str, Any]:
+    """All figures of one model as plain values: bytes, seconds, dollars."""
     model = read_shape(config.model)
-    device, devices = fleet(config.hardware, config.usd_per_hour)
-    share = config.mfu if config.mfu is not None else CPU_SHARE if device.name == "cpu" else GPU_SHARE
-    if not 0 < share <= 1 or config.length < 1:
-        raise ConfigError(f"need 0 < mfu <= 1 and length >= 1; got {share} and {config.length}")
+    device, devices = fleet(config.hardware or "cpu", config.usd_per_hour)
+    share = _peak_share(config, device)
+    if config.length < 1:
+        raise ConfigError(f"length {config.length}: must be at least 1")
     precision: Precision = config.precision or _lowest(device)
     memory, leaner = (
         training_memory(model, config.length, precision, devices=devices, recompute=choice)
@@ -120,6 +132,59 @@ def _training(model: ModelConfig, device: Hardware, devices: int, share: float, 
     }
 
 
+def _peak_share(config: PlanConfig, device: Hardware) -> float:
+    share = config.mfu if config.mfu is not None else CPU_SHARE if device.name == "cpu" else GPU_SHARE
+    if not 0 < share <= 1:
+        raise ConfigError(f"mfu {share}: a share of the peak lies in 0..1")
+    return share
+
+
+def plan_recipe(config: PlanConfig) -> dict[str, Any]:
+    """Work, time and money of every stage at most; stages without multiplications cost nothing here."""
+    recipe = read_recipe(Path(config.model), kind_of)
+    device, devices = fleet(config.hardware or recipe.hardware, config.usd_per_hour)
+    share = _peak_share(config, device)
+    corpora = [stage.config for stage in recipe.stages if isinstance(stage.config, CorpusConfig)]
+    changes = {"vocab_size": corpora[0].vocab_size} if corpora else {}
+    model = model_config(recipe.model, f"{config.model}: [model]", **changes)
+    stages: list[dict[str, Any]] = []
+    for stage in recipe.stages:
+        work = stage_work(stage.config, model)
+        hours = device_hours(work.training + work.drawing / DRAWING, device, share)
+        row = {"stage": stage.name, "kind": stage.kind, "tokens": work.tokens, "flops": work.training + work.drawing}
+        stages.append({**row, "seconds": hours * 3600 / devices, "usd": hours * device.usd_per_hour})
+    totals = {key: sum(stage[key] for stage in stages) for key in ("tokens", "flops", "seconds", "usd")}
+    hardware = {**asdict(device), "count": devices}
+    return {"recipe": recipe.name, "mfu": share, "hardware": hardware, "stages": stages, "total": totals}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens trained on or drawn, and FLOPs of training and of drawing."""
+
+    tokens: int = 0
+    training: float = 0.0
+    drawing: float = 0.0
+
+
+def stage_work(stage: Any, model: ModelConfig) -> Work:
+    """The most a stage can take, by the class of its config; prompts are short beside answers and left out."""
+    if isinstance(stage, PretrainConfig):
+        per_token = training_flops_per_token(model, stage.length, mtp=model.num_nextn_predict_layers > 0)
+        return Work(stage.tokens, training=stage.tokens * per_token)
+    if isinstance(stage, RLConfig):
+        trained = stage.steps * stage.prompts_per_step * stage.samples_per_prompt * stage.max_tokens
+        evaluations = stage.steps // stage.eval_every + 1
+        asked = evaluations * stage.eval_questions * stage.eval_samples * stage.max_tokens
+        forward = forward_flops_per_token(model, stage.max_tokens)
+        drawing = (trained + asked) * decode_flops_per_token(model, stage.max_tokens // 2)
+        return Work(trained + asked, training=trained * 5 * forward, drawing=drawing)  # policy, reference, 3 to train
+    if isinstance(stage, EvalConfig):
+        drawn = stage.questions * stage.samples * stage.max_tokens
+        return Work(drawn, drawing=drawn * decode_flops_per_token(model, stage.max_tokens // 2))
+    return Work()
+
+
 def read_shape(spec: str) -> ModelConfig:
     """A preset by name, else the config.json at or under a path."""
     if spec in PRESETS:
@@ -151,7 +216,30 @@ def _lowest(device: Hardware) -> Precision:
     return "fp32" if device.name == "cpu" else "bf16" if device.fp8 is None else "fp8"
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
+def recipe_table(plan: dict[str, Any]) -> Table:
+    """One row a stage, and the sum."""
+    hardware = plan["hardware"]
+    title = f"{plan['recipe']} on {hardware['count']} x {hardware['name']}, at most"
+    table = Table(title=title, title_justify="left", show_footer=True)
+    total = plan["total"]
+    table.add_column("stage", "all")
+    table.add_column("kind")
+    for header, footer in zip(("tokens", "FLOPs", "time", "money"), _figures(total), strict=True):
+        table.add_column(header, footer, justify="right")
+    for row in plan["stages"]:
+        table.add_row(row["stage"], row["kind"], *(_figures(row) if row["flops"] else []))
+    table.caption = (
+        f"training at {percent(plan['mfu'])} of peak, drawing at a third of that; "
+        f"${hardware['usd_per_hour']:.2f} per device and hour ({hardware['price']})"
+    )
+    return table
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    return [count(row["tokens"]), power(row["flops"]), duration(row["seconds"]), money(row["usd"])]
+
+
+def model_table(plan: dict[str, Any]) -> Table:
     """The plan for people, in four blocks."""
     hardware, memory, sizes = plan["hardware"], plan["training_memory"], plan["parameters"]
     serving, training = plan["serving"], plan.get("training")

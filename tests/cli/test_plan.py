@@ -1,26 +1,49 @@
 """The plan of the published run gives its published time and money; presets, checkpoints, bad input are told apart."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sputnik.__main__ import main as sputnik
-from sputnik.cli.plan import PlanConfig, make_plan, parse_count, read_shape
+from sputnik.cli.plan import PlanConfig, parse_count, plan_model, plan_recipe, read_shape, stage_work
 from sputnik.errors import CheckpointError, ConfigError
 from sputnik.model.config import ModelConfig
+from sputnik.recipe.evaluation import EvalConfig
+from sputnik.train.pretrain import PretrainConfig
+from sputnik.train.rl import RLConfig
+
+RECIPE = """
+name = "small"
+hardware = "H100"
+[model]
+preset = "tiny"
+[[stage]]
+name = "corpus"
+kind = "corpus"
+vocab_size = 1024
+[[stage]]
+name = "base"
+kind = "pretrain"
+tokens = 1_000_000
+[[stage]]
+name = "scores"
+kind = "eval"
+task = "arithmetic"
+"""
 
 
 def test_published_run_takes_its_published_time_and_money() -> None:
-    training = make_plan(PlanConfig("v3-671b", hardware="2048xH800", tokens="14.8T", mfu=0.3894))["training"]
+    training = plan_model(PlanConfig("v3-671b", hardware="2048xH800", tokens="14.8T", mfu=0.3894))["training"]
     assert training["device_hours"] == pytest.approx(2664e3, rel=0.005)
     assert training["usd"] == pytest.approx(5.328e6, rel=0.005)
     assert training["seconds"] / 86400 == pytest.approx(54.2, rel=0.005)
 
 
 def test_v3_does_not_fit_one_node_and_fits_the_cluster() -> None:
-    node = make_plan(PlanConfig("v3-671b", hardware="8xH800", recompute=True))
-    cluster = make_plan(PlanConfig("v3-671b", hardware="2048xH800", recompute=True))
+    node = plan_model(PlanConfig("v3-671b", hardware="8xH800", recompute=True))
+    cluster = plan_model(PlanConfig("v3-671b", hardware="2048xH800", recompute=True))
     assert not node["training_memory"]["fits"]
     assert cluster["training_memory"]["fits"]
     assert "training" not in node
@@ -36,7 +59,7 @@ def test_table_shows_the_headline_figures(capsys: pytest.CaptureFixture[str]) ->
 def test_json_holds_the_same_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert sputnik(["plan", "tiny", "--hardware", "A100", "--tokens", "3M", "--usd-per-hour", "1", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan == make_plan(PlanConfig("tiny", hardware="A100", tokens="3M", usd_per_hour=1.0))
+    assert plan == plan_model(PlanConfig("tiny", hardware="A100", tokens="3M", usd_per_hour=1.0))
     assert plan["training"]["usd"] == plan["training"]["device_hours"]
     assert plan["training_memory"]["precision"] == "bf16"
 
@@ -63,3 +86,30 @@ def test_counts_are_read_with_their_unit() -> None:
     for wrong in ("", "T", "-3M", "0", "1.2.3B", "3 million"):
         with pytest.raises(ConfigError, match="14.8T"):
             parse_count(wrong)
+
+
+def test_recipe_is_planned_stage_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    plan = plan_recipe(PlanConfig(str(path)))
+    assert [stage["stage"] for stage in plan["stages"]] == ["corpus", "base", "scores"]
+    assert [stage["tokens"] for stage in plan["stages"]] == [0, 1_000_000, 200 * 8 * 256]
+    assert plan["hardware"]["name"] == "H100"
+    assert plan["total"]["usd"] == pytest.approx(sum(stage["usd"] for stage in plan["stages"]))
+    twice = plan_recipe(PlanConfig(str(path), hardware="2xH100"))
+    assert twice["total"]["seconds"] == pytest.approx(plan["total"]["seconds"] / 2)
+    assert twice["total"]["usd"] == pytest.approx(plan["total"]["usd"])
+    assert sputnik(["plan", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "at most" in shown and "scores" in shown
+
+
+def test_work_grows_with_each_dial_of_a_stage() -> None:
+    model = ModelConfig.preset("tiny")
+    base = PretrainConfig()
+    assert stage_work(replace(base, tokens=2 * base.tokens), model).training == 2 * stage_work(base, model).training
+    rl = RLConfig()
+    for change in ({"steps": 200}, {"samples_per_prompt": 32}, {"max_tokens": 256}, {"eval_every": 10}):
+        assert stage_work(replace(rl, **change), model).drawing > stage_work(rl, model).drawing
+    exam = EvalConfig("arithmetic")
+    assert stage_work(replace(exam, samples=16), model).drawing == 2 * stage_work(exam, model).drawing
