@@ -3,8 +3,8 @@
     sputnik plan v3-671b --hardware 2048xH800 --tokens 14.8T      the published run: 54 days, 2.67M GPU-hours, $5.3M
     sputnik plan recipes/quickstart.toml                          each stage of a recipe
 
-Time = FLOPs / (peak x `--mfu`); memory assumes states split evenly over all devices and one sequence on each. The plan of
-a recipe is an upper bound: every answer is as long as it may be. Left out: communication, pipeline stages, failures,
+Time = FLOPs / (peak x `--mfu`); memory assumes states split evenly over all devices and one sequence on each. The plan
+of a recipe is an upper bound: every answer is as long as it may be. Left out: communication, pipeline stages, failures,
 verifiers, text work, and the experiments that come before such a run.
 """
 
