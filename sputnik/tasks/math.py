@@ -36,6 +36,7 @@ class MathFile(Task):
     benchmark: bool = False
 
     name = "math"
+    version = "math-verify 0.9.0"
 
     @classmethod
     def build(cls, argument: str, options: Mapping[str, Any]) -> Self:

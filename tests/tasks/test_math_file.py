@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,10 @@ def test_a_missing_or_empty_file_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="holds no problems"):
         load_task(f"math:{tmp_path}/empty.jsonl").problems("train", 1)
+
+
+def test_the_version_is_the_one_installed(file: Path) -> None:
+    assert load_task(f"math:{file}").version == f"math-verify {version('math-verify')}"
 
 
 def test_boxes_balance_their_braces() -> None:

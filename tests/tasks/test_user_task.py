@@ -85,3 +85,9 @@ def test_two_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
     first, second = (load_task(str(tmp_path / folder / "task.py")) for folder in "ab")
     assert first.problems("train", 1)[0].gold == "1"
     assert second.problems("train", 1)[0].gold == "2"
+
+
+def test_the_docs_show_the_example_as_it_is() -> None:
+    source = Path(EXAMPLE).read_text()
+    shown = source[source.index("@dataclass(frozen=True)\nclass Roman") :]
+    assert shown in (Path(EXAMPLE).parents[1] / "docs" / "tasks.md").read_text()
