@@ -69,7 +69,7 @@ class Sampler:
         self.eos_id = eos_id
         self.precision = precision
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Generation]]:
         """`n` answers to each prompt. Raises DataError when a prompt leaves no room for an answer in the context."""
         if not prompts:
@@ -87,7 +87,7 @@ class Sampler:
         done = batch.collect()
         return [[Generation(tuple(prompt), *done[i * n + j]) for j in range(n)] for i, prompt in enumerate(prompts)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Token ids of one answer as they are drawn, the stop token included."""
         self._check([prompt], params)

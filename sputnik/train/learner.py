@@ -114,11 +114,14 @@ class Learner:
         self.precision = precision
         self.max_grad_norm = max_grad_norm
 
-    @torch.no_grad()
     def score(self, batch: MicroBatch, model: Transformer) -> Tensor:
-        """(n, L) log-probabilities of the answers under `model` (the policy itself, or the reference)."""
+        """(n, L) log-probabilities of the answers under `model` (the policy itself, or the reference).
+
+        Gradients stay on though nobody takes them: without, some operations choose another kernel, and the ratio of the
+        first update would be 1 only up to rounding.
+        """
         with autocast(self.precision):
-            return self._logprobs(model, batch)[0]
+            return self._logprobs(model, batch)[0].detach()
 
     def update(self, batches: Sequence[MicroBatch]) -> UpdateStats:
         """One optimiser step over the micro-batches, gradient norm clipped; none if that is not finite."""

@@ -327,7 +327,7 @@ def train_rl(config: RLConfig, parent: Path, out: Path, meter: Meter, console: C
     model = load_model(parent)
     console = console or Console()
     with VerifierPool(config.task, config.task_options) as pool:
-        self_check(task)
+        self_check(task, verify=pool.verify)
         stage = Reinforcement(config, model, tok, task, pool)
         loop = Loop(
             out,

@@ -1,0 +1,164 @@
+"""R1-Zero as a whole: it learns, it resumes exactly after kill -9, it refuses what would train the wrong thing."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sputnik.errors import ConfigError, DataError, TaskError
+from sputnik.train.rl import RLConfig, train_rl
+from sputnik.train.state import read_jsonl
+
+OPTIONS = {"terms": [2, 3], "largest": 5, "non_negative": True}
+SMALL: dict[str, Any] = {
+    "task_options": OPTIONS, "steps": 6, "prompts_per_step": 4, "samples_per_prompt": 4, "optimizer_steps": 2,
+    "max_tokens": 40, "lr": 2e-3, "reference_refresh": 2, "eval_every": 3, "eval_questions": 8, "eval_samples": 2,
+    "on_collapse": "off", "precision": "fp32",
+}  # fmt: skip
+TIMED = ("seconds", "usd", "generate_s", "verify_s", "train_s", "tokens_per_s", "flops_per_s", "peak_share")
+SCRIPT = """
+import json, sys, torch
+from pathlib import Path
+from sputnik.cost import Meter
+from sputnik.hardware import Hardware
+from sputnik.train.rl import RLConfig, train_rl
+torch.set_num_threads(1)
+settings, parent, out = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+train_rl(RLConfig(**settings), parent, out, Meter(Hardware("test", 1e11, None, 1e10, 1e10, 0.1, "test")))
+"""
+
+
+def start(checkpoint: Path, out: Path, **changes: Any) -> subprocess.Popen[bytes]:
+    settings = json.dumps({**SMALL, **changes})
+    command = [sys.executable, "-c", SCRIPT, settings, str(checkpoint), str(out)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=out.parent)
+
+
+def outcome(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Metrics without what a clock says, rollouts, final weights."""
+    metrics = [{k: v for k, v in line.items() if k not in TIMED} for line in read_jsonl(out / "metrics.jsonl")]
+    return metrics, read_jsonl(out / "rollouts.jsonl"), load_file(out / "checkpoint" / "model.safetensors")
+
+
+def require_equal(first: Path, second: Path) -> None:
+    (metrics, rollouts, weights), (other_metrics, other_rollouts, other_weights) = outcome(first), outcome(second)
+    assert metrics == other_metrics
+    assert rollouts == other_rollouts
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def steps_done(out: Path) -> int:
+    return len(read_jsonl(out / "metrics.jsonl"))
+
+
+def run_with_kills(checkpoint: Path, out: Path, kill_after: list[int], **changes: Any) -> None:
+    """Kill -9 as soon as so many steps are logged, plus a random moment; then let it finish."""
+    rng = random.Random(0)
+    for steps in kill_after:
+        process = start(checkpoint, out, **changes)
+        while process.poll() is None and steps_done(out) < steps:
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = start(checkpoint, out, **changes)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+
+def test_killed_run_equals_the_unbroken_one_bit_for_bit(policy, tmp_path: Path) -> None:
+    changes = {"save_seconds": 0.0}
+    unbroken = start(policy.checkpoint, tmp_path / "unbroken", **changes)
+    run_with_kills(policy.checkpoint, tmp_path / "killed", [2, 4], **changes)
+    _, errors = unbroken.communicate()
+    assert unbroken.returncode == 0, errors.decode()
+    require_equal(tmp_path / "unbroken", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_change_nothing(policy, tmp_path: Path) -> None:
+    rng = random.Random(1)
+    changes = {"save_seconds": 0.3, "steps": 20, "objective": "dapo"}
+    unbroken = start(policy.checkpoint, tmp_path / "unbroken", **changes)
+    run_with_kills(policy.checkpoint, tmp_path / "killed", [rng.randint(0, 20) for _ in range(10)], **changes)
+    unbroken.communicate()
+    require_equal(tmp_path / "unbroken", tmp_path / "killed")
+
+
+def test_reinforcement_raises_the_accuracy_and_tells_its_story(policy, tmp_path: Path) -> None:
+    settings = {**SMALL, "steps": 30, "prompts_per_step": 8, "samples_per_prompt": 8, "eval_every": 30}
+    train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
+    lines = read_jsonl(tmp_path / "rl" / "metrics.jsonl")
+    accuracy = [line["accuracy_reward"] for line in lines]
+    assert sum(accuracy[-5:]) / 5 > sum(accuracy[:5]) / 5 + 0.15
+    assert all(line["ratio_first"] == 0.0 for line in lines)
+    assert all(line["mismatch_p99"] < 1e-3 for line in lines), "sampler and trainer must mean the same policy in fp32"
+    assert all(sum(line["verdicts"].values()) == 64 for line in lines)
+    assert lines[-1]["validation"]["n"] == 8 and "validation" not in lines[0]
+    assert any(line["kl"] > 0 for line in lines)
+    rollouts = read_jsonl(tmp_path / "rl" / "rollouts.jsonl")
+    assert set(rollouts[0]["rewards"]) == {"accuracy", "format"}
+    second = train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
+    assert second == lines[-1], "a second call changes nothing"
+
+
+def test_dynamic_sampling_trains_on_groups_that_differ(policy, tmp_path: Path) -> None:
+    settings = {**SMALL, "objective": "dapo", "steps": 3}
+    train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
+    assert all(line["useful_groups"] == 1.0 for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl"))
+
+
+def test_a_limit_that_cuts_most_answers_is_refused_before_step_one(policy, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_tokens = 5 cuts off .* of the base model's answers; raise it"):
+        train_rl(RLConfig(**{**SMALL, "max_tokens": 5}), policy.checkpoint, tmp_path / "rl", policy.meter())
+    assert not (tmp_path / "rl" / "metrics.jsonl").exists()
+
+
+def test_a_task_whose_gold_is_wrong_is_refused_before_step_one(policy, tmp_path: Path) -> None:
+    task = tmp_path / "broken.py"
+    task.write_text(
+        "from sputnik.tasks.base import Problem, Task\n"
+        "class Broken(Task):\n"
+        "    name = 'broken'\n"
+        "    def generate(self, rng):\n"
+        "        number = rng.randint(0, 10**6)\n"
+        "        return Problem(prompt=f'Say {number}', gold=str(number))\n"
+        "    def verify(self, problem, answer):\n"
+        "        return answer == str(int(problem.gold) + 1)\n"
+    )
+    settings = {**SMALL, "task": str(task), "task_options": {}}
+    with pytest.raises(TaskError, match="gold"):
+        train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
+
+
+def test_other_settings_in_the_same_place_are_refused(policy, tmp_path: Path) -> None:
+    train_rl(RLConfig(**{**SMALL, "steps": 1}), policy.checkpoint, tmp_path / "rl", policy.meter())
+    with pytest.raises(DataError, match=r"lr was 0\.002, is 0\.001"):
+        train_rl(RLConfig(**{**SMALL, "steps": 1, "lr": 1e-3}), policy.checkpoint, tmp_path / "rl", policy.meter())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps = 0: set it above 0"),
+        ({"samples_per_prompt": 1}, "a group needs at least 2 answers"),
+        ({"optimizer_steps": 9}, "optimizer_steps = 9 parts of prompts_per_step = 4 groups"),
+        ({"objective": "ppo"}, "no objective 'ppo'"),
+        ({"switches": {"clip": 1.0}}, "did you mean 'clip_"),
+        ({"temperature": -1.0}, "temperature = -1.0: set it above 0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line_errors(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        RLConfig(**{**SMALL, **changes})
+    assert "\n" not in str(error.value)
