@@ -333,13 +333,13 @@ class BestConstant:
     accuracy: float
 
 
-def best_constant(task: Task, n: int, split: Split = "test", seed: int = 0) -> BestConstant:
-    """Try the commonest gold answers, and a few everyday ones, on the same `n` problems an evaluation would use."""
-    problems = task.problems(split, n, seed)
+def best_constant(problems: Sequence[Problem], verify: Verify) -> BestConstant:
+    """Give the commonest gold answers, and a few everyday ones, to all of `problems`; `verify` is a pool's."""
     common = [gold for gold, _ in Counter(problem.gold for problem in problems).most_common(8)]
     best = BestConstant("", 0.0)
     for answer in dict.fromkeys([*common, "0", "1", "True", "Yes", "A"]):
-        hits = sum(judge(task, problem, answer).verdict == Verdict.CORRECT for problem in problems)
-        if hits / n > best.accuracy:
-            best = BestConstant(answer, hits / n)
+        judgements = verify([(problem, answer) for problem in problems])
+        share = sum(judgement.verdict is Verdict.CORRECT for judgement in judgements) / len(problems)
+        if share > best.accuracy:
+            best = BestConstant(answer, share)
     return best
