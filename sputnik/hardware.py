@@ -3,8 +3,9 @@
     hardware("H800"), fleet("8xH800")    (device, count)
     measure_cpu()                        CpuSpeed(threads=2, bf16=1.0e11, fp32=1.9e11, bandwidth=1.3e10, ...) in < 3 s
 
-A measurement is the best of a few tries, so a busy machine lowers it less than it would an average, and is remembered
-in the user's cache directory. Left out: links between devices, NUMA, and CPUs whose clock depends on how hot they are.
+A CPU's peak is what one thread does in a second of its own time, times the threads: other programs on the machine do
+not lower it, but where two threads share a core it is too high. It is remembered in the user's cache directory.
+Left out: links between devices, NUMA, and CPUs whose clock depends on how hot they are.
 """
 
 import json
@@ -89,7 +90,7 @@ SECONDS_PER_RATE = 0.3
 
 @dataclass(frozen=True)
 class CpuSpeed:
-    """Rates of all `threads` together: FLOP/s of a 1024-cubed matmul, bytes/s of a read.
+    """Rates of all `threads` together: FLOP/s of 1024-cubed matmuls, bytes/s of a read.
 
     bf16 is not always the faster one: without AMX, many Intel servers multiply fp32 twice as fast.
     """
@@ -128,10 +129,7 @@ def total_memory() -> int:
 
 
 def measure_cpu(refresh: bool = False) -> CpuSpeed:
-    """The speed of this CPU with torch's present number of threads, from the cache unless `refresh`.
-
-    A refresh keeps the better of the old and the new rates: others were busy when we measured the lower one.
-    """
+    """The speed of this CPU with torch's present number of threads, from the cache unless `refresh`."""
     import torch
 
     name, threads = cpu_name(), torch.get_num_threads()
@@ -143,14 +141,13 @@ def measure_cpu(refresh: bool = False) -> CpuSpeed:
     except (OSError, json.JSONDecodeError, TypeError):  # no cache, or one we cannot read: measure and write it anew
         known = {}
     block = torch.ones(READ_BYTES // 4)
-    rates = {
-        "bf16": 2 * SIZE**3 / _matmul_seconds("bfloat16"),
-        "fp32": 2 * SIZE**3 / _matmul_seconds("float32"),
-        "bandwidth": READ_BYTES / _best_seconds(lambda: block.sum()),
-    }
-    earlier = known.get(key, {})
-    best = {rate: max(value, earlier.get(rate, 0.0)) for rate, value in rates.items()}
-    speed = CpuSpeed(name=name, threads=threads, memory=total_memory(), **best)
+    read = _best_seconds(block.sum, time.perf_counter)
+    torch.set_num_threads(1)
+    try:
+        bf16, fp32 = (threads * 2 * SIZE**3 / _matmul_seconds(dtype) for dtype in ("bfloat16", "float32"))
+    finally:
+        torch.set_num_threads(threads)
+    speed = CpuSpeed(name, threads, total_memory(), bf16, fp32, READ_BYTES / read)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**known, key: asdict(speed)}, indent=1), encoding="utf-8")
     return speed
@@ -160,13 +157,14 @@ def _matmul_seconds(dtype: str) -> float:
     import torch
 
     a, b = (torch.randn(SIZE, SIZE).to(getattr(torch, dtype)) for _ in range(2))
-    return _best_seconds(lambda: a @ b)
+    return _best_seconds(lambda: a @ b, time.thread_time)
 
 
-def _best_seconds(work: Callable[[], object]) -> float:
+def _best_seconds(work: Callable[[], object], clock: Callable[[], float]) -> float:
     work()
     best, end = float("inf"), time.perf_counter() + SECONDS_PER_RATE
-    while (start := time.perf_counter()) < end:
+    while time.perf_counter() < end:
+        start = clock()
         work()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best

@@ -199,6 +199,8 @@ def test_price_given_beats_environment_beats_catalogue(monkeypatch: pytest.Monke
 
 def test_cpu_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPUTNIK_CACHE", str(tmp_path))
+    monkeypatch.setattr("sputnik.hardware.SECONDS_PER_RATE", 0.05)
+    monkeypatch.setattr("sputnik.hardware.READ_BYTES", 1 << 24)
     (cache_directory() / "cpu.json").write_text("{broken", encoding="utf-8")
     first = measure_cpu()
     assert first.fp32 > 1e9 and first.bf16 > 1e8 and first.bandwidth > 1e8
@@ -209,14 +211,21 @@ def test_cpu_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest
     assert hardware("cpu").bf16 == max(first.bf16, first.fp32)
 
 
-def test_a_busy_moment_does_not_lower_a_known_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_have_twice_the_peak_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPUTNIK_CACHE", str(tmp_path))
-    monkeypatch.setattr("sputnik.hardware.SECONDS_PER_RATE", 0.01)
+    monkeypatch.setattr("sputnik.hardware.SECONDS_PER_RATE", 0.05)
     monkeypatch.setattr("sputnik.hardware.READ_BYTES", 1 << 20)
-    first = measure_cpu()
-    cache = tmp_path / "cpu.json"
-    cache.write_text(cache.read_text().replace(f'"fp32": {first.fp32}', '"fp32": 9e18'))
-    assert measure_cpu(refresh=True).fp32 == 9e18
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        two = measure_cpu()
+        assert torch.get_num_threads() == two.threads == 2
+        torch.set_num_threads(1)
+        one = measure_cpu()
+    finally:
+        torch.set_num_threads(before)
+    assert two.fp32 == near(2 * one.fp32, 0.5)
+    assert two.bf16 == near(2 * one.bf16, 0.5)
 
 
 def test_meter_bills_the_clock_times_devices_times_price() -> None:

@@ -1,6 +1,6 @@
 """`sputnik doctor`: what this machine has, what is missing, how to get it. Exit code 1 if it cannot work yet.
 
-It measures the processor anew and remembers the best figures, by which `plan` and the ledgers go.
+It measures the processor anew; `plan` and the ledgers go by the figures it remembers.
 """
 
 import os
