@@ -51,7 +51,7 @@ class Curve:
 THINKING = (
     Curve(
         "thinking",
-        "Thinking tokens per answer",
+        "Tokens per answer",
         (("thinking_length", "thinking", "blue"), ("length_finished", "whole finished answer", "slate")),
         "Thinking {} tokens per answer; no reward is paid for length.",
         show=count,

@@ -129,7 +129,15 @@ def claim(facts: Mapping[str, Any]) -> str:
         return f"{first} The answers to single questions were not kept, so the gain has no interval."
     points = [f"{100 * gain[end]:+.1f}".replace("-", "−") for end in ("mean", "low", "high")]
     told = f"{first} Question by question that is {points[0]} points (95\u00a0%: {points[1]} to {points[2]})"
-    return f"{told}." if gain["low"] > 0 or gain["high"] < 0 else f"{told}, which may be no change at all."
+    sure = "." if gain["low"] > 0 or gain["high"] < 0 else ", which may be no change at all."
+    return told + sure + _against_constant(zero, facts["best_constant"])
+
+
+def _against_constant(estimate: Mapping[str, Any], constant: Mapping[str, Any] | None) -> str:
+    level, low = number((constant or {}).get("accuracy")), number(estimate.get("low"))
+    if level is None or low is None or low > level:
+        return ""
+    return f" One and the same answer to every question scores {percent(level)}, which it does not clearly beat."
 
 
 def _answers(run: Run, model: Stage | None) -> list[Mapping[str, Any]]:

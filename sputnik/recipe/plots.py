@@ -38,6 +38,7 @@ PALETTE: Mapping[str, tuple[str, str]] = MappingProxyType(
 SMALL = (380.0, 216.0)
 WIDE = (900.0, 330.0)
 BANNER = (900.0, 250.0)
+FEW = 30  # fewer points than this are shown one by one and not smoothed
 POINTS = 260  # more points than this in one line are averaged in bins: nobody sees them and the page stays small
 
 
@@ -84,23 +85,25 @@ def curves(
     with _axes(name, size) as (figure, axes, out):
         for line in lines:
             x, y = thin(line.x, line.y)
-            if line.smooth and len(y) >= 30:
+            style: dict[str, Any] = {"color": color(line.role), "label": line.label, "linewidth": 1.8}
+            if line.smooth and len(y) >= FEW:
                 axes.plot(x, y, color=color(line.role), linewidth=0.8, alpha=0.28)
-                axes.plot(x, moving_mean(y), color=color(line.role), linewidth=1.9, label=line.label)
+                axes.plot(x, moving_mean(y), **style)
+            elif len(y) < FEW:
+                axes.plot(x, y, **style, marker="o", markersize=3.6, clip_on=False)
             else:
-                marker = "o" if len(y) < 30 else ""
-                axes.plot(x, y, color=color(line.role), linewidth=1.7, marker=marker, markersize=3.6, label=line.label)
+                axes.plot(x, y, **style)
         for points in dots:
             spread = (np.subtract(points.y, points.low), np.subtract(points.high, points.y))
-            style: dict[str, Any] = {"fmt": "o", "markersize": 4.6, "elinewidth": 1.3, "capsize": 2.5}
-            style |= {"markeredgewidth": 1.1, "color": color(points.role), "label": points.label}
+            style = {"fmt": "o", "clip_on": False, "markersize": 4.6, "elinewidth": 1.3, "capsize": 2.5}
+            style |= {"markeredgewidth": 1.1, "color": color(points.role), "label": points.label, "zorder": 3}
             axes.errorbar(points.x, points.y, np.maximum(spread, 0), **style)
         if level:
             axes.axhline(level[1], label=level[0], linestyle=(0, (4, 3)), linewidth=1.1, color=color("muted"))
         if log:
             _logarithmic(axes)
         else:
-            _linear(axes, unit, [value for line in lines for value in line.y])
+            _linear(axes, unit, [value for line in lines for value in line.y] + [top for d in dots for top in d.high])
         _finish(figure, axes, x_label, legend=len(lines) + len(dots) + bool(level) > 1)
     return out[0]
 
@@ -302,7 +305,7 @@ def _inline(svg: str, name: str, size: tuple[float, float]) -> str:
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", body)
     body = re.sub(r"font: (?:\d+ )?([\d.]+px) [^;\"]+", r"font-size: \1", body)
     body = re.sub(r" font-family: [^;\"]+;| transform=\"rotate\(-0 [^)]*\)\"", "", body)
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    body = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
     for role, (light, _) in PALETTE.items():
         body = body.replace(light, f"var(--{role})")
     body = "\n".join(filter(None, (row.strip() for row in body.splitlines())))

@@ -89,6 +89,17 @@ def test_svg_has_text_named_colours_and_nothing_global() -> None:
     assert all(name.startswith("a-b-") for name in re.findall(r'id="([^"]+)"', svg))
 
 
+def test_tick_labels_are_whole_numbers_of_their_steps() -> None:
+    svg = plots.curves("ticks", [Line("share", [1, 2, 3], [0.0, 0.001, 0.0])], unit="%")
+    assert re.findall(r">([\d.]+ %)<", svg) == ["0 %", "0.025 %", "0.05 %", "0.075 %", "0.1 %"]
+
+
+def test_intervals_around_zeros_set_the_scale() -> None:
+    dots = [Dots("held out", [1, 2], [0.0, 0.0], [0.0, 0.0], [0.1, 0.08])]
+    svg = plots.curves("zeros", [Line("train", [1, 2], [0.0, 0.0])], dots, unit="%")
+    assert "10 %" in svg and "100 %" not in svg
+
+
 def test_heat_of_a_huge_model_becomes_an_image() -> None:
     assert "<image" in plots.heat("v3", [[1.0] * 256] * 58, [str(layer) for layer in range(58)])
     assert "<image" not in plots.heat("tiny", [[1.0] * 8] * 3, ["1", "2", "3"])

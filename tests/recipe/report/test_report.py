@@ -186,6 +186,12 @@ def test_no_gain_is_claimed_when_the_interval_holds_zero(bare: Path) -> None:
     assert "which may be no change at all" in Page(write_report(bare).html).text
 
 
+def test_a_score_no_better_than_a_constant_says_so(bare: Path, edit_json: Edit) -> None:
+    constant = {"answer": "100", "accuracy": 0.7}
+    edit_json(bare / "zero-eval/eval.json", lambda value: value.update(best_constant=constant))
+    assert "scores 70.0 %, which it does not clearly beat." in Page(write_report(bare).html).text
+
+
 def test_scores_taken_under_other_conditions_are_not_compared(bare: Path, edit_json: Edit) -> None:
     edit_json(bare / "base-eval/eval.json", lambda value: value["decoding"].update(temperature=0.0))
     paths = write_report(bare)
