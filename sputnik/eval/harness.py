@@ -103,6 +103,10 @@ class Answer:
             return None
         return " ".join(self.completion.answer.split()).removesuffix(".").casefold()
 
+    def thinking_length(self, tok: Tokenizer) -> int:
+        """Tokens of the thought."""
+        return len(tok.encode(self.completion.thinking))
+
     def record(self, tok: Tokenizer) -> dict[str, Any]:
         return {
             "problem_id": self.problem.id,
@@ -258,7 +262,7 @@ def _result(
         self_check=fmean(task.self_checks(answer.completion.thinking) for answer in every),
         length=tokens / len(every),
         length_finished=fmean(finished) if finished else 0.0,
-        thinking_length=fmean(len(tok.encode(answer.completion.thinking)) for answer in every),
+        thinking_length=fmean(answer.thinking_length(tok) for answer in every),
         seconds=seconds,
         tokens_per_s=tokens / generating,
         warnings=tuple(_warnings(answers, counts, len(every))),

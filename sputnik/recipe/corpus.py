@@ -18,12 +18,12 @@ from sputnik.errors import ConfigError
 from sputnik.recipe.runner import StageContext
 from sputnik.tasks.base import Demonstration, load_task
 from sputnik.text.chat import render_example, template_hash
-from sputnik.text.corpus import CorpusInfo, encode_document, fim, mix, write_shards
+from sputnik.text.corpus import CorpusInfo, encode_document, encode_documents, fim, mix, pieces, write_shards
 from sputnik.text.sources import SOURCES, Document, load_documents, split_holdout
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.state import write_json
 
-TOKENIZER_CHARACTERS = 6_000_000
+TOKENIZER_CHARACTERS = 2_000_000
 """As much text as the merges are learned from; more takes longer and changes little at these vocabulary sizes."""
 
 
@@ -68,8 +68,12 @@ def build_corpus(config: CorpusConfig, context: StageContext) -> dict[str, Any]:
     tokenizer = Tokenizer.train(_tokenizer_texts(train, examples), config.vocab_size, config.digits)
     tokenizer.save(out / "tokenizer")
     rng = random.Random(config.seed)
-    texts = [fim(encode_document(tokenizer, document.text), rng, tokenizer, config.fim_rate) for document in train]
-    sources = [(texts, 1 - config.example_share if examples else 1.0)]
+    share = 1 - config.example_share if examples else 1.0
+    parts = [part for document in train for part in pieces(document.text)]
+    rng.shuffle(parts)
+    encoded = up_to(encode_documents(tokenizer, parts), share * config.tokens)
+    texts = [fim(document, rng, tokenizer, config.fim_rate) for document in encoded]
+    sources = [(texts, share)]
     if examples:
         sources.append((_encode_examples(tokenizer, examples, config.template), config.example_share))
     shards = write_shards(mix(sources, config.tokens), out / "train", tokenizer.vocab_size)
@@ -85,6 +89,16 @@ def build_corpus(config: CorpusConfig, context: StageContext) -> dict[str, Any]:
         "held_out_tokens": held.tokens,
         "data": config_hash([shards.sha256, held.sha256]),
     }
+
+
+def up_to(documents: Iterable[list[int]], tokens: float) -> Iterator[list[int]]:
+    """As many documents as it takes to reach so many tokens: encoding the rest would be thrown away."""
+    given = 0
+    for document in documents:
+        if given >= tokens:
+            return
+        given += len(document)
+        yield document
 
 
 def _tokenizer_texts(documents: Sequence[Document], examples: Sequence[Demonstration]) -> Iterator[str]:

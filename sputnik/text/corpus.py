@@ -54,6 +54,17 @@ def encode_documents(tok: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]
             yield [tok.bos_id, *ids, tok.eos_id]
 
 
+def pieces(text: str, characters: int = 2000) -> list[str]:
+    """Cut a long text at line ends into parts of about `characters`, so that one book does not fill a whole batch."""
+    parts, part = list[str](), ""
+    for line in text.splitlines(keepends=True):
+        if part and len(part) + len(line) > characters:
+            parts.append(part)
+            part = ""
+        part += line
+    return [*parts, part] if part else parts
+
+
 def fim(ids: Sequence[int], rng: random.Random, tok: Tokenizer, rate: float = 0.1) -> list[int]:
     """With probability `rate` turn a document into prefix-suffix-middle order [V3 4.1], to learn to fill in the middle.
 

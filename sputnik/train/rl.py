@@ -29,7 +29,7 @@ from sputnik.config import to_dict
 from sputnik.cost import Meter, decode_flops_per_token, forward_flops_per_token, training_flops_per_token
 from sputnik.engine.sampler import Sampler, SamplingParams
 from sputnik.errors import ConfigError
-from sputnik.eval.harness import evaluate
+from sputnik.eval.harness import best_constant, evaluate
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Problem, Task, load_task, self_check
@@ -119,6 +119,7 @@ class Reinforcement:
         self.worker = RolloutWorker(self.sampler, tok, task, pool, config.template, self.objective)
         self.learner = Learner(model, self.optimizer, self.objective, config.temperature, config.precision)
         self.validation = task.problems("validation", config.eval_questions, config.seed)
+        self.baseline = best_constant(pool, self.validation)
         self._last: list[MicroBatch] = []
 
     # --- what the loop calls ---
@@ -131,11 +132,11 @@ class Reinforcement:
         seconds["train_s"] = time.perf_counter() - trained
         tokens = sum(len(sample.generation.ids) for group in groups for sample in group)
         loop.meter.add(tokens=tokens, flops=self._flops(groups))
-        metrics = {**rollout_metrics(groups, self.task), **figures, **seconds}
+        metrics = {**rollout_metrics(groups, self.task, self.tok), **figures, **seconds}
         metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
         for group in groups[:STORED_GROUPS]:
             for sample in group:
-                loop.log("rollouts", sample.record(self.tok, step))
+                loop.log("rollouts", {"step": step, **sample.record(self.tok)})
         if step % self.config.eval_every == 0 or step == loop.steps:
             metrics["validation"] = self.validate(step)
         return metrics
@@ -261,6 +262,7 @@ class Reinforcement:
             k=config.eval_samples,
             params=params,
             template=config.template,
+            baseline=self.baseline,
         )
         score = result.pass_at_1
         return {"mean": score.mean, "low": score.low, "high": score.high, "n": result.n, "k": result.k}
@@ -272,7 +274,7 @@ class Reinforcement:
             config.temperature, max_tokens=config.max_tokens, seed=derive_seed(config.seed, "probe")
         )
         groups = self.worker.collect(self.task.problems("train", 32, derive_seed(config.seed, "probe")), 4, params)
-        figures = rollout_metrics(groups, self.task)
+        figures = rollout_metrics(groups, self.task, self.tok)
         if figures["truncated"] > TRUNCATION_LIMIT:
             raise ConfigError(
                 f"max_tokens = {config.max_tokens} cuts off {figures['truncated']:.0%} of the base model's answers; "

@@ -8,15 +8,16 @@ the task's verifier in a worker process, and rewarded. Rewards are R1-Zero's: ac
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from sputnik.engine.sampler import Generation, Sampler, SamplingParams
+from sputnik.engine.sampler import Sampler, SamplingParams
+from sputnik.eval.harness import Answer, judge_generations
 from sputnik.tasks.base import Problem, Task, Verdict
-from sputnik.tasks.verify import Judgement, VerifierPool
-from sputnik.text.chat import Completion, parse, render
+from sputnik.tasks.verify import VerifierPool
+from sputnik.text.chat import render
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.losses import Objective, group_advantages
 
@@ -25,14 +26,10 @@ UNJUDGED = (Verdict.BAD_GOLD, Verdict.ERROR)
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One answer with everything that was decided about it."""
+class Sample(Answer):
+    """A judged answer, as in evaluation, with its rewards and its group advantage."""
 
-    problem: Problem
-    generation: Generation
-    completion: Completion
-    judgement: Judgement
-    rewards: dict[str, float]
+    rewards: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0
 
     @property
@@ -43,23 +40,9 @@ class Sample:
     def judged(self) -> bool:
         return self.judgement.verdict not in UNJUDGED
 
-    def record(self, tok: Tokenizer, step: int) -> dict[str, Any]:
-        """The line of `rollouts.jsonl`."""
-        return {
-            "step": step,
-            "problem_id": self.problem.id,
-            "prompt": self.problem.prompt,
-            "completion": tok.decode(self.generation.ids),
-            "thinking": self.completion.thinking,
-            "answer": self.completion.answer,
-            "gold": self.problem.gold,
-            "verdict": self.judgement.verdict.value,
-            "detail": self.judgement.detail,
-            "rewards": self.rewards,
-            "advantage": round(self.advantage, 4),
-            "length": len(self.generation.ids),
-            "finish": self.generation.finish,
-        }
+    def record(self, tok: Tokenizer) -> dict[str, Any]:
+        """The line of `rollouts.jsonl`, without the step."""
+        return {**super().record(tok), "rewards": self.rewards, "advantage": round(self.advantage, 4)}
 
 
 Group = list[Sample]
@@ -95,39 +78,17 @@ class RolloutWorker:
         drawn = self.sampler.generate([prompt.ids for prompt in prompts], params, n=group_size)
         self.generate_s = time.perf_counter() - started
         started = time.perf_counter()
-        groups = [
-            [self._parsed(problem, generation, prompt.in_thought) for generation in generations]
-            for problem, prompt, generations in zip(problems, prompts, drawn, strict=True)
-        ]
-        groups = self._judged(groups, params.max_tokens)
+        judged = judge_generations(self.tok, self.pool, problems, prompts, drawn, self.template)
         self.verify_s = time.perf_counter() - started
+        groups = [[self._rewarded(answer, params.max_tokens) for answer in answers] for answers in judged]
         return [with_advantages(group, self.objective.std_normalised) for group in groups]
 
-    def _parsed(self, problem: Problem, generation: Generation, in_thought: bool) -> Sample:
-        finished = generation.finish == "stop"
-        completion = parse(self.tok, generation.ids, in_thought=in_thought, finished=finished, template=self.template)
-        verdict = Judgement(Verdict.TRUNCATED if not finished else Verdict.UNPARSEABLE, "")
-        return Sample(problem, generation, completion, verdict, {})
-
-    def _judged(self, groups: list[Group], max_tokens: int) -> list[Group]:
-        """Send finished answers to the verifiers; an unfinished one is TRUNCATED, an empty one UNPARSEABLE, unseen."""
-        asked = [s for group in groups for s in group if s.generation.finish == "stop" and s.completion.answer]
-        judgements = iter(self.pool.verify([(sample.problem, sample.completion.answer) for sample in asked]))
-        verdicts = {id(sample): next(judgements) for sample in asked}
-        return [
-            [self._rewarded(replace(s, judgement=verdicts.get(id(s), s.judgement)), max_tokens) for s in group]
-            for group in groups
-        ]
-
-    def _rewarded(self, sample: Sample, max_tokens: int) -> Sample:
-        rewards = {
-            "accuracy": float(sample.judgement.verdict is Verdict.CORRECT),
-            "format": float(sample.completion.well_formed),
-        }
+    def _rewarded(self, answer: Answer, max_tokens: int) -> Sample:
+        rewards = {"accuracy": float(answer.correct), "format": float(answer.completion.well_formed)}
         if self.objective.overlong_share:
-            length = len(sample.generation.ids)
+            length = len(answer.generation.ids)
             rewards["overlong"] = overlong_penalty(length, max_tokens, self.objective.overlong_share)
-        return replace(sample, rewards=rewards)
+        return Sample(answer.problem, answer.generation, answer.completion, answer.judgement, rewards)
 
 
 def with_advantages(group: Group, std_normalised: bool) -> Group:
@@ -145,7 +106,7 @@ def is_useful(group: Group) -> bool:
     return any(sample.advantage != 0 for sample in group)
 
 
-def rollout_metrics(groups: Sequence[Group], task: Task) -> dict[str, Any]:
+def rollout_metrics(groups: Sequence[Group], task: Task, tok: Tokenizer) -> dict[str, Any]:
     """What a step's answers look like; wrong, cut off and not judgeable are counted apart."""
     samples = [sample for group in groups for sample in group]
     if not samples:
@@ -163,6 +124,7 @@ def rollout_metrics(groups: Sequence[Group], task: Task) -> dict[str, Any]:
         "useful_groups": mean([float(is_useful(group)) for group in groups]),
         "length": mean([len(sample.generation.ids) for sample in samples]),
         "length_finished": mean([len(sample.generation.ids) for sample in finished]),
+        "thinking_length": mean([float(sample.thinking_length(tok)) for sample in samples]),
         "truncated": 1 - len(finished) / len(samples),
         "self_check": mean([float(task.self_checks(sample.completion.thinking)) for sample in samples]),
     }

@@ -18,6 +18,7 @@ from sputnik.text.corpus import (
     encode_documents,
     fim,
     mix,
+    pieces,
     read_info,
     write_shards,
 )
@@ -145,3 +146,12 @@ def test_bytes_of_a_window_are_those_of_its_text(tok: Tokenizer) -> None:
     ids = encode_document(tok, text)
     assert byte_lengths(tok)[ids].sum() == len(text.encode())
     assert bits_per_byte(nats=math.log(2) * 30, text_bytes=10) == pytest.approx(3.0)
+
+
+def test_pieces_lose_nothing_and_stay_short() -> None:
+    text = "".join(f"line {n} of a long play\n" for n in range(500)) + "the end"
+    parts = pieces(text, 300)
+    assert "".join(parts) == text
+    assert max(map(len, parts)) <= 300 and len(parts) > 30
+    assert pieces("one line that is longer than allowed", 10) == ["one line that is longer than allowed"]
+    assert pieces("") == []

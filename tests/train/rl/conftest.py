@@ -1,4 +1,4 @@
-"""A policy that half knows two-term sums: a V3-shaped model of 60k weights, fitted to demonstrations in a few seconds."""
+"""A policy that half knows short sums: a V3-shaped model of 60k weights, fitted to demonstrations in a few seconds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
