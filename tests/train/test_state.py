@@ -1,9 +1,9 @@
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,31 +135,18 @@ def test_an_empty_directory_has_no_save(tmp_path: Path) -> None:
     assert StateStore(tmp_path / "nothing").latest() is None
 
 
-SAVE_UNDER_A_LIMIT = """
-import resource, sys, torch
-from pathlib import Path
-from sputnik.errors import DataError
-from sputnik.train.state import StateStore
-store = StateStore(Path(sys.argv[1]))
-store.save(1, {"model": {"a": torch.ones(1000)}}, {})
-resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-try:
-    store.save(2, {"model": {"a": torch.ones(1000)}, "optimizer": {"m": torch.ones(5000)}}, {})
-except DataError as error:
-    print(error)
-"""
-
-
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
     """A limit on file size stands for the full disk: the write itself fails in the middle of the second file."""
-    run = subprocess.run(
-        [sys.executable, "-c", SAVE_UNDER_A_LIMIT, str(tmp_path / "resume")], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.count("\n") == 1
-    assert run.stdout.startswith(
-        f"disk full while saving step 2 in {tmp_path / 'resume'}: the save of step 1 is intact;"
-    )
     store = StateStore(tmp_path / "resume")
+    store.save(1, {"model": {"a": torch.ones(1000)}}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(DataError, match="disk full while saving step 2 .*: the save of step 1 is intact;") as error:
+            store.save(2, {"model": {"a": torch.ones(1000)}, "optimizer": {"m": torch.ones(5000)}}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
     assert steps_on_disk(store) == ["step-00000001"]
     saved = store.latest()
     assert saved is not None and store.load(saved, "model")["a"].equal(torch.ones(1000))
@@ -250,15 +237,18 @@ def test_seeds_are_pure_and_streams_differ() -> None:
 
 
 def test_a_second_process_is_refused_and_the_lock_dies_with_its_owner(tmp_path: Path) -> None:
-    hold = "import sys, time; from pathlib import Path; from sputnik.train.state import stage_lock\n"
-    hold += "with stage_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    owner = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    assert owner.stdout is not None and owner.stdout.readline() == "held\n"
+    reader, writer = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        with stage_lock(tmp_path):
+            os.write(writer, b"held")
+            time.sleep(60)
+        os._exit(0)
+    assert os.read(reader, 4) == b"held"
     with pytest.raises(DataError, match="another process is running this stage"), stage_lock(tmp_path):
         pass
-    owner.kill()
-    owner.wait()
-    owner.stdout.close()
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
     with stage_lock(tmp_path):
         pass
 
