@@ -1,4 +1,4 @@
-"""Sputnik: an open, complete DeepSeek. Train a V3-architecture model, teach it to reason with the R1 recipe, talk to it.
+"""Sputnik: an open, complete DeepSeek. Train a V3-architecture model, teach it to reason with R1's recipe, talk to it.
 
 The names below are loaded on first use, so that `import sputnik` stays light and needs no torch.
 """

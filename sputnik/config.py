@@ -1,7 +1,7 @@
 """Configuration: frozen dataclasses <-> TOML, strict in both directions.
 
-A stage keeps its dataclass next to its loop; this module only reads, checks and hashes. An unknown key or a value of the
-wrong type is a `ConfigError` that names the key and the nearest known one, never a silent default.
+A stage keeps its dataclass next to its loop; this module only reads, checks and hashes. An unknown key or a value of
+the wrong type is a `ConfigError` that names the key and the nearest known one, never a silent default.
 """
 
 import dataclasses

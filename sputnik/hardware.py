@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from sputnik.errors import ConfigError
@@ -151,6 +152,17 @@ def measure_cpu(refresh: bool = False) -> CpuSpeed:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**known, key: asdict(speed)}, indent=1), encoding="utf-8")
     return speed
+
+
+@lru_cache
+def resolve_precision(precision: str) -> str:
+    """"auto" -> "bf16" or "fp32", whichever multiplies matrices faster on this CPU; the others stay as they are."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f'precision must be "auto", "bf16" or "fp32", not {precision!r}')
+    if precision != "auto":
+        return precision
+    speed = measure_cpu()
+    return "bf16" if speed.bf16 > speed.fp32 else "fp32"
 
 
 def _matmul_seconds(dtype: str) -> float:

@@ -52,7 +52,7 @@ class ChatConfig:
     max_tokens: int = 1024
     """Longest answer, thinking included; less if the context has less room."""
     seed: int = 0
-    precision: str = "bf16"
+    precision: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class EvalModelConfig:
     max_tokens: int = 256
     template: str | None = None
     """chat or zero; default: the one the model was trained with."""
-    precision: str = "bf16"
+    precision: str = "auto"
     seed: int = 0
     out: Path | None = None
     """Write the result there as JSON, with every answer."""

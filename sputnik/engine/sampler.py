@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sputnik.errors import ConfigError, DataError
+from sputnik.hardware import resolve_precision
 from sputnik.model.cache import Cache
 from sputnik.model.transformer import Transformer
 
@@ -64,10 +65,10 @@ def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[obje
 class Sampler:
     """Draws answers from `model`, whose weights it shares: an optimiser step is visible in the next call."""
 
-    def __init__(self, model: Transformer, eos_id: int, precision: str = "bf16") -> None:
+    def __init__(self, model: Transformer, eos_id: int, precision: str = "auto") -> None:
         self.model = model
         self.eos_id = eos_id
-        self.precision = precision
+        self.precision = resolve_precision(precision)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Generation]]:

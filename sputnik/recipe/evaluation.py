@@ -39,7 +39,7 @@ class EvalConfig:
     top_p: float = 0.95
     max_tokens: int = 256
     template: str = "chat"
-    precision: str = "bf16"
+    precision: str = "auto"
     workers: int = 1
     seed: int = 0
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sputnik.engine.sampler import autocast
+from sputnik.hardware import resolve_precision
 from sputnik.model.head import token_logprobs
 from sputnik.model.transformer import Transformer
 from sputnik.train.losses import Objective, PolicyBatch, PolicyLoss, policy_loss, token_weights
@@ -104,14 +105,14 @@ class Learner:
         optimizer: torch.optim.Optimizer,
         objective: Objective,
         temperature: float = 1.0,
-        precision: str = "bf16",
+        precision: str = "auto",
         max_grad_norm: float = 1.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.objective = objective
         self.temperature = temperature
-        self.precision = precision
+        self.precision = resolve_precision(precision)
         self.max_grad_norm = max_grad_norm
 
     def score(self, batch: MicroBatch, model: Transformer) -> Tensor:

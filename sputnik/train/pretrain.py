@@ -24,6 +24,7 @@ from sputnik.config import to_dict
 from sputnik.cost import Meter, device_hours, parameters, training_flops_per_token
 from sputnik.engine.sampler import autocast
 from sputnik.errors import ConfigError
+from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import save_model
 from sputnik.model.config import ModelConfig
 from sputnik.model.head import head_loss
@@ -75,8 +76,8 @@ class PretrainConfig:
     """Moving average of the weights, per step."""
     release: Literal["raw", "ema"] = "raw"
     """Which weights the checkpoint holds."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: matrix products under autocast; weights, router and loss stay in FP32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: matrix products under autocast; weights, router and loss stay in FP32. auto: what is faster here."""
     evaluations: int = 10
     """Evenly spaced over the run, the last one after the last step."""
     held_out_rows: int = 32
@@ -118,6 +119,7 @@ class Pretraining:
         self, config: PretrainConfig, model: Transformer, tok: Tokenizer, corpus: PackedCorpus, held_out: PackedCorpus
     ) -> None:
         self.config = config
+        self.precision = resolve_precision(config.precision)
         self.model = model
         self.plan = Plan.make(config.tokens // config.length, config.batch)
         self.corpus = corpus
@@ -182,7 +184,7 @@ class Pretraining:
         zero = torch.zeros(())
         sums = Sums(zero, zero, zero, {})
         for rows in torch.split(ids, self.config.micro_batch):
-            with autocast(self.config.precision):
+            with autocast(self.precision):
                 part = self._losses(rows, share=len(rows) / len(ids))
             total = part.loss + mtp_share * part.mtp
             if part.load:
@@ -238,7 +240,7 @@ class Pretraining:
         as bytes)."""
         self.model.eval()
         nats = 0.0
-        with autocast(self.config.precision):
+        with autocast(self.precision):
             for rows in torch.split(self._held_out, self.config.micro_batch):
                 hidden = self.model.trunk(rows[:, :-1]).hidden.flatten(0, 1)
                 nats += float(head_loss(hidden, self.model.lm_head.weight, rows[:, 1:].flatten()))

@@ -83,7 +83,7 @@ class RLConfig:
     eval_every: int = 20
     eval_questions: int = 128
     eval_samples: int = 4
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     on_collapse: Action = "pause"
     """When entropy or length collapse or a reward is constant: off, warn, pause or rollback."""
     save_seconds: float = 300.0
