@@ -26,7 +26,7 @@ quickstart: .venv/.ready-run
 
 test: .venv/.ready-dev
 	@scripts/browser.sh
-	@start=$$(date +%s); status=0; $(PYTEST) -n $(WORKERS) --dist worksteal || status=$$?; \
+	@start=$$(date +%s); status=0; $(PYTEST) -n $(WORKERS) --dist loadscope || status=$$?; \
 	echo "make test: $$(( $$(date +%s) - start )) seconds"; exit $$status
 
 slow: .venv/.ready-dev
