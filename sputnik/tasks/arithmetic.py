@@ -1,8 +1,9 @@
 """Chains of + and - (and *) over small integers: our own family, cheap on tokens, hard enough that thinking pays.
 
 "What is 7 + 5 - 3?" has the gold answer "9". The demonstrations are of mixed quality, as the web is: blunt guesses,
-working with slips, clean working, and working that is checked and mended. A base model that imitates the mix scores low
-at temperature 1, and reinforcement learning can raise it by preferring the careful styles it has already seen.
+hasty working full of slips, careful working, and careful working that is checked and mended. A base model that imitates
+the mix scores low at temperature 1, and reinforcement learning can raise it by preferring the careful styles it has
+already seen. A line of working has no spaces ("7+5=12"): fewer tokens, and tokens are what thinking costs.
 
 Left out: division and brackets (see countdown), and answers in words.
 """
@@ -32,7 +33,8 @@ class Arithmetic(Task):
     """`terms` is the shortest and longest chain, `largest` the largest number in it, `operators` the signs drawn from.
 
     `non_negative` keeps every intermediate result at zero or more. `style_weights` mixes the demonstrations; `slip` is
-    the chance of a slip in a step of the sloppy and checked styles, `miss` the chance that a check overlooks it.
+    the chance of a slip in a step of the sloppy style, `careful_slip` of the steps and checked styles, `miss` the chance
+    that a check overlooks it.
     """
 
     terms: tuple[int, int] = (3, 6)
@@ -40,9 +42,10 @@ class Arithmetic(Task):
     operators: str = "+-"
     non_negative: bool = False
     style_weights: Mapping[Style, float] = field(
-        default_factory=lambda: {"guess": 0.4, "sloppy": 0.3, "steps": 0.15, "checked": 0.15}
+        default_factory=lambda: {"guess": 0.55, "sloppy": 0.2, "steps": 0.1, "checked": 0.15}
     )
-    slip: float = 0.2
+    slip: float = 0.3
+    careful_slip: float = 0.05
     miss: float = 0.2
 
     name = "arithmetic"
@@ -84,16 +87,13 @@ class Arithmetic(Task):
         words: list[str] = problem.meta["words"]
         right = int(problem.gold)
         if style == "guess":
-            answer = right + rng.choice((-3, -2, -1, 0, 0, 1, 2, 3))
+            answer = right + rng.randint(-3, 3)
             thought = "A guess."
-        elif style == "steps":
-            lines = working(words)
-            answer = lines[-1].result
-            thought = "\n".join(map(str, lines))
         else:
-            first = working(words, rng, self.slip)
+            first = working(words, rng, self.slip if style == "sloppy" else self.careful_slip)
             answer = first[-1].result
-            thought = "\n".join(map(str, first))
+            opening = "Quickly." if style == "sloppy" else "Step by step."
+            thought = "\n".join([opening, *map(str, first)])
             if style == "checked":
                 overlooked = answer != right and rng.random() < self.miss
                 second = first if overlooked else working(words)

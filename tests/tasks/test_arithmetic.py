@@ -66,15 +66,14 @@ def test_demonstrations_have_the_promised_quality() -> None:
         assert example.correct == (parse_integer(example.answer) == gold)
         right[example.style].append(example.correct)
     share = {style: sum(found) / len(found) for style, found in right.items()}
-    assert share["steps"] == 1
-    assert 0.2 < share["guess"] < 0.3  # two of eight offsets are zero
-    assert share["guess"] + 0.15 < share["sloppy"] < share["checked"] - 0.25
-    assert 0.85 < share["checked"] < 1  # a check finds most slips, not all
+    assert 0.1 < share["guess"] < 0.19  # one of seven offsets is zero
+    assert share["guess"] + 0.1 < share["sloppy"] < share["steps"] - 0.25
+    assert share["steps"] + 0.05 < share["checked"] < 1  # a check finds most slips, not all
     assert [round(len(right[style]) / 2500, 1) for style in ("guess", "sloppy")] == [0.4, 0.3]
 
 
 def test_the_answer_follows_the_working_and_a_check_mends_a_slip() -> None:
-    task = Arithmetic(style_weights={"sloppy": 1, "checked": 1}, slip=0.5, miss=0.0)
+    task = Arithmetic(style_weights={"sloppy": 1, "checked": 1}, slip=0.5, careful_slip=0.5, miss=0.0)
     mended = 0
     for example in task.demonstrations(300, seed=0):
         assert example.thinking is not None
