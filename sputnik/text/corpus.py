@@ -171,7 +171,7 @@ class PackedCorpus:
             raise DataError(f"{folder / LENGTHS}: does not match {INDEX}: tokenise the texts again")
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._epoch = -1
-        self._order = self._ends = np.empty(0, dtype=np.int64)
+        self._order = self._rows = self._ends = np.empty(0, dtype=np.int64)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -184,14 +184,16 @@ class PackedCorpus:
         for n in range(size):
             epoch, row = divmod(position + n, self.rows_per_epoch)
             self._shuffle(epoch)
-            self._fill(rows[n], row * self.length)
+            self._fill(rows[n], int(self._rows[row]) * self.length)
         return rows
 
     def _shuffle(self, epoch: int) -> None:
-        """Document order of an epoch, from raw generator bits because those never change between numpy versions."""
+        """Order of documents, and then of the rows cut from them, in an epoch: neighbouring rows share a document, and a
+        batch of them would know little of the rest. From raw generator bits, which never change between numpy versions."""
         if epoch != self._epoch:
-            keys = np.random.PCG64([self.seed, epoch]).random_raw(self.info.documents)
-            self._order = np.argsort(keys, kind="stable")
+            bits = np.random.PCG64([self.seed, epoch])
+            self._order = np.argsort(bits.random_raw(self.info.documents), kind="stable")
+            self._rows = np.argsort(bits.random_raw(self.rows_per_epoch), kind="stable")
             self._ends = np.cumsum(self._lengths[self._order])
             self._epoch = epoch
 

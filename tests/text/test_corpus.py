@@ -31,11 +31,14 @@ def made_up_documents(count: int = 60, seed: int = 0) -> list[list[int]]:
 
 
 def packed_slowly(documents: list[list[int]], length: int, extra: int, seed: int, epoch: int) -> list[list[int]]:
-    """Twin of PackedCorpus: join the whole shuffled epoch, then cut it up."""
-    keys = np.random.PCG64([seed, epoch]).random_raw(len(documents))
+    """Twin of PackedCorpus: join the whole shuffled epoch, cut it up, shuffle the rows."""
+    bits = np.random.PCG64([seed, epoch])
+    keys = bits.random_raw(len(documents))
     order = sorted(range(len(documents)), key=lambda n: keys[n])
     tokens = [id for n in order for id in documents[n]]
-    return [tokens[at : at + length + extra] for at in range(0, len(tokens) - extra - length + 1, length)]
+    rows = [tokens[at : at + length + extra] for at in range(0, len(tokens) - extra - length + 1, length)]
+    keys = bits.random_raw(len(rows))
+    return [rows[n] for n in sorted(range(len(rows)), key=lambda n: keys[n])]
 
 
 @pytest.mark.parametrize("extra", [1, 3])
