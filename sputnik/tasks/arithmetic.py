@@ -1,9 +1,9 @@
 """Chains of + and - (and *) over small integers: our own family, cheap on tokens, hard enough that thinking pays.
 
-"What is 7 + 5 - 3?" has the gold answer "9". The demonstrations are of mixed quality, as the web is: blunt guesses,
+"What is 7+5-3?" has the gold answer "9". The demonstrations are of mixed quality, as the web is: blunt guesses,
 hasty working full of slips, careful working, and careful working that is checked and mended. A base model that imitates
 the mix scores low at temperature 1, and reinforcement learning can raise it by preferring the careful styles it has
-already seen. A line of working has no spaces ("7+5=12"): fewer tokens, and tokens are what thinking costs.
+already seen. There are no spaces ("7+5=12"): fewer tokens, and a term in the working is the very tokens of the question.
 
 Left out: division and brackets (see countdown), and answers in words.
 """
@@ -42,7 +42,7 @@ class Arithmetic(Task):
     operators: str = "+-"
     non_negative: bool = False
     style_weights: Mapping[Style, float] = field(
-        default_factory=lambda: {"guess": 0.55, "sloppy": 0.2, "steps": 0.1, "checked": 0.15}
+        default_factory=lambda: {"guess": 0.5, "sloppy": 0.2, "steps": 0.1, "checked": 0.2}
     )
     slip: float = 0.3
     careful_slip: float = 0.05
@@ -67,7 +67,7 @@ class Arithmetic(Task):
                 words += [rng.choice(self.operators), str(rng.randint(1, self.largest))]
             lines = working(words)
             if not self.non_negative or all(line.result >= 0 for line in lines):
-                return Problem(prompt=f"What is {' '.join(words)}?", gold=str(lines[-1].result), meta={"words": words})
+                return Problem(prompt=f"What is {''.join(words)}?", gold=str(lines[-1].result), meta={"words": words})
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         gold, given = parse_integer(problem.gold), parse_integer(answer)
