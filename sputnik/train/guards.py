@@ -32,7 +32,8 @@ class GuardConfig:
     """NaN or infinity in `window` / 4 steps in a row; a single one is skipped with a warning."""
     spike: Action = "warn"
     loss_spike: float = 1.0
-    """Nats above the median loss of the last `window` steps."""
+    """Nats above the median loss of the last `window` steps, at least; small batches of mixed texts swing anyway,
+    so a spike must also be twice as far above it as the highest of these steps."""
     grad_spike: float = 20.0
     """Times the median gradient norm of the last `window` steps."""
     entropy: Action = "warn"
@@ -99,7 +100,8 @@ class Guard:
             if key not in metrics or len(past) < config.window:
                 continue
             usual, now = median(past), float(metrics[key])
-            limit = usual + config.loss_spike if key == "loss" else max(usual, 0.1) * config.grad_spike
+            swing = 2 * (max(past) - usual)
+            limit = usual + max(config.loss_spike, swing) if key == "loss" else max(usual, 0.1) * config.grad_spike
             if now > limit:
                 yield (f"{key}_spike", f"{key} {now:.4g}, median of the last steps {usual:.4g}", config.spike)
 

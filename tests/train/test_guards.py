@@ -112,3 +112,11 @@ def test_the_first_bad_tensor_is_named_in_order_of_the_model() -> None:
         model[1].bias[0] = NAN
     assert first_non_finite(model, losses) == "weight 1.bias (1 of 2 values)"
     assert first_non_finite(model, {"loss": torch.tensor(NAN)}) == "loss (1 of 1 values)"
+
+
+def test_a_loss_that_always_swings_raises_no_alarm() -> None:
+    guard = Guard(GuardConfig(window=8))
+    losses = [1.0, 2.6, 1.2, 3.0, 0.9, 2.8, 1.1, 3.1, 1.0, 3.2, 0.9, 3.4]
+    assert [guard.check({"step": n, "loss": loss}) for n, loss in enumerate(losses, 1)] == [None] * len(losses)
+    spike = guard.check({"step": 13, "loss": 9.0})
+    assert spike is not None and spike.rule == "loss_spike"

@@ -20,7 +20,13 @@ from sputnik.text.chat import render_example
 from sputnik.text.tokenizer import Tokenizer
 
 TASK = "arithmetic"
-OPTIONS: dict[str, Any] = {"terms": [2, 3], "largest": 5, "non_negative": True}
+OPTIONS: dict[str, Any] = {
+    "terms": [2, 3],
+    "largest": 5,
+    "non_negative": True,
+    "style_weights": {"guess": 0.5, "steps": 0.5},
+}
+"""Half of what the policy has read are guesses: preferring the other half is what there is to learn."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
         bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
     )  # fmt: skip
     model = Transformer(config).init_weights(torch.Generator().manual_seed(0)).train()
-    fit(model, [render_example(tok, d.prompt, d.thinking, d.answer) for d in demonstrations], 150)
+    fit(model, [render_example(tok, d.prompt, d.thinking, d.answer) for d in demonstrations], 250)
     checkpoint = tmp_path_factory.mktemp("policy") / "checkpoint"
     save_model(model, checkpoint, tokenizer=tok)
     return Policy(checkpoint, tok, task)

@@ -18,7 +18,7 @@ from sputnik.errors import ConfigError, DataError, TaskError
 from sputnik.train.rl import RLConfig, train_rl
 from sputnik.train.state import read_jsonl
 
-OPTIONS = {"terms": [2, 3], "largest": 5, "non_negative": True}
+OPTIONS = {"terms": [2, 3], "largest": 5, "non_negative": True, "style_weights": {"guess": 0.5, "steps": 0.5}}
 SMALL: dict[str, Any] = {
     "task_options": OPTIONS, "steps": 6, "prompts_per_step": 4, "samples_per_prompt": 4, "optimizer_steps": 2,
     "max_tokens": 40, "lr": 2e-3, "reference_refresh": 2, "eval_every": 3, "eval_questions": 8, "eval_samples": 2,
@@ -96,7 +96,8 @@ def test_ten_kills_at_random_moments_change_nothing(policy, tmp_path: Path) -> N
 
 
 def test_reinforcement_raises_the_accuracy_and_tells_its_story(policy, tmp_path: Path) -> None:
-    settings = {**SMALL, "steps": 30, "prompts_per_step": 8, "samples_per_prompt": 8, "eval_every": 30}
+    changes = {"steps": 25, "prompts_per_step": 8, "samples_per_prompt": 8, "optimizer_steps": 1, "eval_every": 25}
+    settings = {**SMALL, **changes, "lr": 1e-3}
     train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
     lines = read_jsonl(tmp_path / "rl" / "metrics.jsonl")
     accuracy = [line["accuracy_reward"] for line in lines]
