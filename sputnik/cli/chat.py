@@ -9,6 +9,7 @@ Left out: editing earlier turns, several chats, files.
 import contextlib
 import sys
 import time
+import unicodedata
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -194,13 +195,14 @@ class Terminal:
             self.console.print(self.conversation.last.line(self.usd_per_hour), style="dim", markup=False)
 
     def _show(self, pieces: Iterator[tuple[Channel, str]]) -> None:
-        """Print as it comes; with `fold` the thought lives in an area that is wiped when the answer starts."""
+        """Print as it comes; with `fold` the thought lives in an area that is wiped when it ends."""
         thought = Text(style="dim italic")
         begun = time.perf_counter()
         live = Live(console=self.console, transient=True, vertical_overflow="ellipsis") if self.fold else None
         before: Channel | None = None
         try:
             for channel, piece in pieces:
+                piece = printable(piece)
                 if channel == "thinking" and live is not None:
                     if before is None:
                         live.start()
@@ -214,8 +216,8 @@ class Terminal:
                     self.console.print(piece, end="", markup=False, soft_wrap=True)
                 before = channel
         finally:
-            if live is not None:
-                live.stop()
+            if live is not None and before == "thinking":
+                self._end_thought(live, begun)
         self.console.print()
 
     def _end_thought(self, live: Live | None, begun: float) -> None:
@@ -224,6 +226,11 @@ class Terminal:
             return
         live.stop()
         self.console.print(f"(thought for {time.perf_counter() - begun:.1f} s, /thought shows it)", style="dim")
+
+
+def printable(text: str) -> str:
+    """Without control characters: a model's words must not steer the terminal."""
+    return "".join(char if char in "\n\t" or unicodedata.category(char) != "Cc" else "\ufffd" for char in text)
 
 
 def command(conversation: Conversation, text: str) -> str:
@@ -236,7 +243,7 @@ def command(conversation: Conversation, text: str) -> str:
             conversation.thinking = wanted == "on"
             return f"thinking is {wanted}"
         case ["/thought"]:
-            return (conversation.last and conversation.last.thought) or "no thought yet"
+            return printable(conversation.last.thought if conversation.last else "") or "no thought yet"
         case ["/help"]:
             return HELP
     return f"{text}: no such command\n{HELP}"

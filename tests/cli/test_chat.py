@@ -10,13 +10,14 @@ from pathlib import Path
 import pexpect
 import pytest
 
-from sputnik.cli.chat import ROOM, Conversation, TagFilter, command
+from sputnik.cli.chat import ROOM, Conversation, TagFilter, command, printable
 from sputnik.engine.sampler import Sampler, SamplingParams
 from sputnik.errors import DataError
 from sputnik.model.checkpoint import load_model
 from sputnik.text.chat import parse, render
 from sputnik.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.timeout(600)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
 
 
@@ -78,6 +79,10 @@ def test_tag_filter_drops_tags_however_they_are_cut() -> None:
         assert tags.feed(text[:cut]) + tags.feed(text[cut:]) + tags.held == "a3 < 4 <anb"
 
 
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\r\x07\x9b1m\n\tc") == "a\ufffd[2Jb\ufffd\ufffd\ufffd1m\n\tc"
+
+
 def test_closing_early_keeps_the_answer_so_far_or_drops_the_question(conversation: Conversation) -> None:
     conversation.sampler = Script(conversation, "hm\n</think>\n\none two three")  # type: ignore[assignment]
     with contextlib.closing(conversation.ask("first")) as pieces:
@@ -123,7 +128,7 @@ def test_pipe_gives_one_answer_per_line(checkpoint: Path) -> None:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
@@ -134,7 +139,7 @@ def test_pipe_gives_one_answer_per_line(checkpoint: Path) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_program(checkpoint: Path, fold: str) -> None:
     args = ["-m", "sputnik", "chat", str(checkpoint), "--max-tokens", "900", "--temperature", "2", fold]
     terminal = pexpect.spawn(
-        sys.executable, args, env=ENVIRONMENT, timeout=60, encoding="utf-8", codec_errors="replace"
+        sys.executable, args, env=ENVIRONMENT, timeout=240, encoding="utf-8", codec_errors="replace"
     )  # type: ignore[arg-type]
     terminal.expect("> ")
     for _ in range(2):
@@ -154,7 +159,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(checkpoint: Path, fold: str
 
 
 def test_ctrl_d_leaves(checkpoint: Path) -> None:
-    terminal = pexpect.spawn(sys.executable, ["-m", "sputnik", "chat", str(checkpoint)], env=ENVIRONMENT, timeout=60)  # type: ignore[arg-type]
+    terminal = pexpect.spawn(sys.executable, ["-m", "sputnik", "chat", str(checkpoint)], env=ENVIRONMENT, timeout=240)  # type: ignore[arg-type]
     terminal.expect("> ")
     terminal.sendeof()
     terminal.expect(pexpect.EOF)

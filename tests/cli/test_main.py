@@ -13,7 +13,7 @@ from sputnik.errors import DataError
 
 def sputnik(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "sputnik", *args], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "sputnik", *args], cwd=cwd, capture_output=True, text=True, timeout=240
     )
 
 
