@@ -136,8 +136,8 @@ class Pretraining:
     def step(self, step: int, loop: Loop) -> dict[str, Any]:
         began = time.perf_counter()
         rows, start = self.plan.rows[step - 1], self.plan.starts[step - 1]
-        skipped = (loop.data_step(step) - step) * self.config.batch
-        self._ids = torch.from_numpy(self.corpus.batch(start + skipped, rows))
+        position = start + (loop.data_step(step) - step) * self.config.batch  # after a rollback: past all that was seen
+        self._ids = torch.from_numpy(self.corpus.batch(position, rows))
         sums = self.accumulate(self._ids, self.plan.mtp_weight(step, self.config.mtp_weight))
         non_finite, grad_norm = self._update(sums, step)
         tokens = rows * self.config.length
@@ -304,8 +304,8 @@ def pretrain(
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train a model from scratch into `out` (metrics, saves, checkpoint), or go on where a killed call was; a call
-    after the last step changes nothing. `corpus` and `held_out` are folders of token shards. Returns the last line of
-    the metrics."""
+    after the last step changes nothing. `corpus` and `held_out` are folders of token shards. Returns where the
+    metrics ended."""
     training = PackedCorpus(corpus, config.length, config.seed)
     validation = PackedCorpus(held_out, config.length, config.seed)
     _require_fit(config, model_config, tok, training, validation)
@@ -329,7 +329,8 @@ def pretrain(
         if config.release == "ema":
             stage.ema.copy_to(model)
         save_model(model, checkpoint, tokenizer=tok)
-    return read_jsonl(out / "metrics.jsonl")[-1]
+    last = read_jsonl(out / "metrics.jsonl")[-1]
+    return {key: last[key] for key in ("tokens", "loss", "val_loss", "bits_per_byte")}
 
 
 def _identity(

@@ -249,3 +249,22 @@ def test_deterministic_algorithms_are_on_inside_and_restored(tmp_path: Path) -> 
     stage.hooks = {1: lambda: found.append(torch.are_deterministic_algorithms_enabled())}
     make_loop(tmp_path, steps=1).run(stage)
     assert found == [True] and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rows_added_by_index_sum_in_order_also_with_two_threads(tmp_path: Path) -> None:
+    """Without the deterministic algorithms each such call gives other last bits than the plain loop."""
+    rows = torch.randint(0, 50, (4096,), generator=torch.Generator().manual_seed(0))
+    values = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    expected = torch.zeros(50, 64)
+    for row, value in zip(rows.tolist(), values, strict=True):
+        expected[row] += value
+    found: list[Tensor] = []
+    stage = Walk()
+    stage.hooks = {1: lambda: found.append(torch.zeros(50, 64).index_put((rows,), values, accumulate=True))}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        make_loop(tmp_path, steps=1).run(stage)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0].equal(expected)
