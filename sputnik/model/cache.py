@@ -1,8 +1,8 @@
 """The contiguous cache of a batch: one row of slots per sequence, each row with its own length.
 
-A token costs `config.cache_width` values per layer: latent + shared RoPE key for MLA (512 + 64 in V3, 70,272 bytes over 61
-layers in bf16), all key and value heads for GQA. Prompts are right-padded; new tokens of row b go to slots lengths[b].. so
-a slot's index is its position, and what padding wrote is overwritten before anything may look at it.
+A token costs `config.cache_width` values per layer: latent + shared RoPE key for MLA (512 + 64 in V3: 70,272 bytes over
+61 layers in bf16), all key and value heads for GQA. Prompts are right-padded; new tokens of row b go to slots
+lengths[b].. so a slot's index is its position, and what padding wrote is overwritten before anything may look at it.
 B batch, S slots, T new tokens, W cached width.
 """
 
@@ -21,7 +21,7 @@ class Append:
     positions: Tensor  # (B, T)
     slots: Tensor  # (B*T,) row-major index into (B*S)
     visible: int  # slots any query can see: the layers read rows[:, :visible]
-    mask: Tensor  # (B, 1, T, visible) bool, causal per row
+    bias: Tensor  # (B, T, visible) added to scores: 0 where slot <= position, else -inf
 
 
 class Cache:
@@ -59,8 +59,9 @@ class Cache:
         positions = self.lengths[:, None] + torch.arange(tokens, device=device)
         starts = torch.arange(len(self.lengths), device=device) * self.capacity
         visible = self.used + tokens
-        mask = torch.arange(visible, device=device) <= positions[:, None, :, None]
-        return Append(positions, (starts[:, None] + positions).flatten(), visible, mask)
+        hidden = torch.arange(visible, device=device) > positions[:, :, None]
+        bias = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
+        return Append(positions, (starts[:, None] + positions).flatten(), visible, bias)
 
     def fill(self, layer: int, values: Tensor) -> None:
         """Write a whole prompt (B, T, W) into an empty cache."""

@@ -1,13 +1,13 @@
 """The sizes of a model, under the Hugging Face names, with checks that make an impossible model a one-line error.
 
 `ModelConfig.preset("tiny")` names the shapes we train, `from_hf(json)` reads a published config.json (DeepSeek-V3/R1,
-V2-Lite, Llama, Qwen2, SmolLM2) and `to_hf()` writes one back. What we do not compute (sliding windows, other activations,
-other RoPE scalings, ...) is refused by name, never ignored. Weights and tensors are elsewhere: this module needs no torch.
+V2-Lite, Llama, Qwen2, SmolLM2) and `to_hf()` writes one back. What we do not compute (sliding windows, other
+activations, other RoPE scalings, ...) is refused by name, never ignored. No torch in here.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,19 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+}
+POSITIVE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
+TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
+# rope_type -> (required, optional) keys
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    ),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
 }
 
 
@@ -70,7 +83,8 @@ class ModelConfig:
     pad_token_id: int | None = 2
 
     def __post_init__(self) -> None:
-        _check(self)
+        for problem in _problems(self):
+            raise ConfigError(problem)
 
     @property
     def is_mla(self) -> bool:
@@ -129,13 +143,13 @@ class ModelConfig:
             values.pop("head_dim", None)  # transformers writes the rope width there
             values |= _read_deepseek(config)
         else:
-            values |= {name: None for name in ("kv_lora_rank", "q_lora_rank", "n_routed_experts")}
+            values |= dict.fromkeys(("kv_lora_rank", "q_lora_rank", "n_routed_experts"))
         if model_type == "qwen2":
             values["attention_bias"] = False
         return from_dict(cls, values, "config.json")
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers, vLLM, SGLang and llama.cpp read. Old-style RoPE keys: all of them know these."""
+        """A config.json that transformers, vLLM, SGLang and llama.cpp read; RoPE under the old keys, which all know."""
         fields = dataclasses.asdict(self)
         deepseek_only = {
             "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_routed_experts",
@@ -157,83 +171,90 @@ class ModelConfig:
         return common | fields
 
 
-def _check(c: ModelConfig) -> None:
-    """Raise a ConfigError for the first pair of sizes that do not fit."""
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
-
-    need(c.model_type in ARCHITECTURES, f"model_type {c.model_type!r}: use one of {', '.join(ARCHITECTURES)}")
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                 "intermediate_size", "max_position_embeddings"):  # fmt: skip
-        need(getattr(c, name) > 0, f"{name} = {getattr(c, name)}: must be positive")
-    need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers must be 0 or more")
-    if c.is_mla:
-        _check_mla(c, need)
-    else:
-        need(c.model_type in ("llama", "qwen2"), f"model_type {c.model_type!r} needs kv_lora_rank (MLA); set it")
-        need(c.head_dim is not None or c.hidden_size % c.num_attention_heads == 0,
-             f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {c.num_attention_heads}; "
-             "set head_dim")  # fmt: skip
-        need(c.num_attention_heads % c.num_key_value_heads == 0,
-             f"num_attention_heads {c.num_attention_heads} must be a multiple of num_key_value_heads "
-             f"{c.num_key_value_heads}")  # fmt: skip
-    need(c.rope_dim > 0 and c.rope_dim % 2 == 0, f"the RoPE width {c.rope_dim} must be even and positive")
+def _problems(c: ModelConfig) -> Iterator[str]:
+    """What is wrong with the sizes, each with its fix, the most telling first."""
+    if c.model_type not in ARCHITECTURES:
+        yield f"model_type {c.model_type!r}: use one of {', '.join(ARCHITECTURES)}"
+    for name in POSITIVE:
+        if getattr(c, name) <= 0:
+            yield f"{name} = {getattr(c, name)}: must be positive"
+    if c.num_nextn_predict_layers < 0:
+        yield "num_nextn_predict_layers must be 0 or more"
+    yield from _gqa_problems(c) if c.kv_lora_rank is None else _mla_problems(c)
+    if c.rope_dim <= 0 or c.rope_dim % 2:
+        yield f"the RoPE width {c.rope_dim} must be even and positive"
     if c.n_routed_experts is not None:
-        _check_experts(c, need)
+        yield from _expert_problems(c, c.n_routed_experts)
     if c.rope_scaling is not None:
-        _check_rope_scaling(c.rope_scaling)
+        yield from _rope_problems(c.rope_scaling)
 
 
-Need = Callable[[bool, str], None]
+def _gqa_problems(c: ModelConfig) -> Iterator[str]:
+    heads, key_heads = c.num_attention_heads, c.num_key_value_heads
+    if c.model_type.startswith("deepseek"):
+        yield f"model_type {c.model_type!r} needs MLA: set kv_lora_rank"
+    if c.head_dim is None and c.hidden_size % heads:
+        yield f"hidden_size {c.hidden_size} is not a multiple of num_attention_heads {heads}: set head_dim"
+    if heads % key_heads:
+        yield f"num_attention_heads {heads} must be a multiple of num_key_value_heads {key_heads}"
+    if c.n_routed_experts is not None:
+        yield "routed experts need the DeepSeek block: set kv_lora_rank, or n_routed_experts to None"
+    if c.num_nextn_predict_layers:
+        yield f"model_type {c.model_type!r} has no multi-token prediction: set num_nextn_predict_layers to 0"
 
 
-def _check_mla(c: ModelConfig, need: Need) -> None:
-    need(c.model_type.startswith("deepseek"), f"model_type {c.model_type!r} has no MLA; set kv_lora_rank to None")
-    need(not c.attention_bias, "attention_bias with MLA is not computed here; set it to false")
-    need(c.num_key_value_heads == c.num_attention_heads,
-         f"MLA has one key head per query head: set num_key_value_heads to {c.num_attention_heads}")  # fmt: skip
+def _mla_problems(c: ModelConfig) -> Iterator[str]:
+    if not c.model_type.startswith("deepseek"):
+        yield f"model_type {c.model_type!r} has no MLA: set kv_lora_rank to None"
+    if c.attention_bias:
+        yield "attention_bias with MLA is not computed here: set it to false"
+    if c.num_key_value_heads != c.num_attention_heads:
+        yield f"MLA has one key head per query head: set num_key_value_heads to {c.num_attention_heads}"
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-        need(getattr(c, name) > 0, f"MLA needs {name} > 0")
-    need(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank must be positive, or None for uncompressed queries")
-    need(c.v_head_dim <= c.qk_head_dim,
-         f"v_head_dim {c.v_head_dim} must not exceed qk_nope_head_dim + qk_rope_head_dim = {c.qk_head_dim}")  # fmt: skip
+        if getattr(c, name) <= 0:
+            yield f"MLA needs {name} > 0"
+    if c.q_lora_rank is not None and c.q_lora_rank <= 0:
+        yield "q_lora_rank must be positive, or None for uncompressed queries"
+    if c.v_head_dim > c.qk_head_dim:
+        yield f"v_head_dim {c.v_head_dim} must not exceed qk_nope_head_dim + qk_rope_head_dim = {c.qk_head_dim}"
 
 
-def _check_experts(c: ModelConfig, need: Need) -> None:
-    experts = c.n_routed_experts
-    assert experts is not None
-    need(c.is_mla, "routed experts need the DeepSeek block: set kv_lora_rank")
-    need(experts > 0 and c.moe_intermediate_size > 0, "experts need n_routed_experts > 0 and moe_intermediate_size > 0")
-    need(c.n_shared_experts > 0, "n_shared_experts must be at least 1, as in every published DeepSeek model")
-    need(c.scoring_func in ("sigmoid", "softmax"), f"scoring_func {c.scoring_func!r}: use sigmoid or softmax")
-    methods = ("noaux_tc", "greedy", "group_limited_greedy")
-    need(c.topk_method in methods, f"topk_method {c.topk_method!r}: use one of {', '.join(methods)}")
-    need(c.n_group > 0 and experts % c.n_group == 0,
-         f"n_routed_experts {experts} must be a multiple of n_group {c.n_group}")  # fmt: skip
-    need(0 < c.topk_group <= c.n_group, f"topk_group {c.topk_group} must lie in 1..n_group = {c.n_group}")
+def _expert_problems(c: ModelConfig, experts: int) -> Iterator[str]:
+    if experts <= 0 or c.moe_intermediate_size <= 0:
+        yield "experts need n_routed_experts > 0 and moe_intermediate_size > 0"
+    if c.n_shared_experts <= 0:
+        yield "n_shared_experts must be at least 1, as in every published DeepSeek model"
+    if c.scoring_func not in ("sigmoid", "softmax"):
+        yield f"scoring_func {c.scoring_func!r}: use sigmoid or softmax"
+    if c.topk_method not in TOPK_METHODS:
+        yield f"topk_method {c.topk_method!r}: use one of {', '.join(TOPK_METHODS)}"
+    if not 0 <= c.first_k_dense_replace <= c.num_hidden_layers:
+        yield f"first_k_dense_replace {c.first_k_dense_replace} must lie in 0..num_hidden_layers"
+    if c.n_group <= 0 or experts % c.n_group:
+        yield f"n_routed_experts {experts} must be a multiple of n_group {c.n_group}"
+    if not 0 < c.topk_group <= c.n_group:
+        yield f"topk_group {c.topk_group} must lie in 1..n_group = {c.n_group}"
     per_group = experts // c.n_group
+    if c.topk_method == "noaux_tc" and c.n_group > 1 and per_group < 2:
+        yield f"a group is ranked by its two best experts: lower n_group {c.n_group} to {experts // 2} or less"
     reachable = experts if c.topk_method == "greedy" else per_group * c.topk_group
-    need(0 < c.num_experts_per_tok <= reachable,
-         f"num_experts_per_tok {c.num_experts_per_tok} must lie in 1..{reachable}, the experts of topk_group groups")  # fmt: skip
-    need(c.topk_method != "noaux_tc" or c.n_group == 1 or per_group >= 2,
-         f"a group is ranked by its two best experts: lower n_group {c.n_group} to {experts // 2} or less")  # fmt: skip
-    need(0 <= c.first_k_dense_replace <= c.num_hidden_layers,
-         f"first_k_dense_replace {c.first_k_dense_replace} must lie in 0..num_hidden_layers")  # fmt: skip
+    if not 0 < c.num_experts_per_tok <= reachable:
+        yield f"num_experts_per_tok {c.num_experts_per_tok} must lie in 1..{reachable}, what topk_group groups hold"
 
 
-def _check_rope_scaling(scaling: Mapping[str, Any]) -> None:
-    kind = scaling.get("rope_type", scaling.get("type"))
-    required = {
-        "yarn": ("factor", "original_max_position_embeddings"),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if kind not in required:
-        raise ConfigError(f"rope_scaling type {kind!r} is not computed here; use one of {', '.join(required)}, or none")
-    for key in required[kind]:
+def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
+    kind = scaling.get("rope_type")
+    if kind not in ROPE_KEYS:
+        yield f"rope_scaling: rope_type {kind!r} is not computed here; use {' or '.join(ROPE_KEYS)}, or no rope_scaling"
+        return
+    required, optional = ROPE_KEYS[kind]
+    for key in required:
         value = scaling.get(key)
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"rope_scaling of type {kind} needs a positive {key}, not {value!r}")
+            yield f"rope_scaling of type {kind} needs a positive {key}, not {value!r}"
+    for key in scaling:
+        if key not in (*required, *optional, "rope_type"):
+            yield f"rope_scaling of type {kind} has no key {key!r}; known: {', '.join((*required, *optional))}"
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
@@ -287,43 +308,48 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             raise CheckpointError(f"config.json: {feature} is not computed here; convert another checkpoint")
 
 
+DEEPSEEK_YARN = {
+    "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    # The quickstart's model: about 3 million parameters. Init 0.02: at width 256 the published 0.006 leaves the first
-    # hundreds of steps with nearly uniform attention and routing.
-    "tiny": dict(
-        vocab_size=2048, hidden_size=192, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-        intermediate_size=512, kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-        n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=96, n_group=4,
-        topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-        max_position_embeddings=1024, initializer_range=0.02,
-    ),
-    # About 60 million parameters, 26 million active: the shape of our speed comparisons. Init 0.02 as for tiny.
-    "mini": dict(
-        vocab_size=4096, hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
-        intermediate_size=1408, kv_lora_rank=128, q_lora_rank=192, qk_nope_head_dim=64, qk_rope_head_dim=32,
-        v_head_dim=64, n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=256,
-        n_group=4, topk_group=2, first_k_dense_replace=1, routed_scaling_factor=2.5, num_nextn_predict_layers=0,
-        max_position_embeddings=2048, initializer_range=0.02,
-    ),
+    # The quickstart's model: 3.6 million parameters, 0.6 of them its prediction module. Init 0.02: at this width the
+    # published 0.006 leaves the first hundreds of steps with nearly uniform attention and routing.
+    "tiny": {
+        "vocab_size": 2048, "hidden_size": 192, "num_hidden_layers": 4, "intermediate_size": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 96,
+        "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "n_group": 4, "topk_group": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 1024, "initializer_range": 0.02,
+    },
+    # 59 million parameters, 26 million active: the shape of our speed comparisons. Init 0.02 as for tiny.
+    "mini": {
+        "vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 128, "q_lora_rank": 192,
+        "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64,
+        "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256, "n_group": 4, "topk_group": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 2048, "initializer_range": 0.02,
+    },
     # DeepSeek-V2-Lite, 15.7 billion: the ablation shape of the V3 report.
-    "v2-lite": dict(
-        model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, num_hidden_layers=27, num_attention_heads=16,
-        num_key_value_heads=16, intermediate_size=10944, kv_lora_rank=512, q_lora_rank=None, qk_nope_head_dim=128,
-        qk_rope_head_dim=64, v_head_dim=128, n_routed_experts=64, n_shared_experts=2, num_experts_per_tok=6,
-        moe_intermediate_size=1408, first_k_dense_replace=1, scoring_func="softmax", topk_method="greedy",
-        norm_topk_prob=False, max_position_embeddings=163840, bos_token_id=100000, eos_token_id=100001,
-        pad_token_id=None, rope_scaling={
-            "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
-            "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
-    ),
-    # DeepSeek-V3 and R1, 671 billion and one prediction module.
-    "v3-671b": dict(
-        vocab_size=129280, hidden_size=7168, num_hidden_layers=61, num_attention_heads=128, num_key_value_heads=128,
-        intermediate_size=18432, kv_lora_rank=512, q_lora_rank=1536, qk_nope_head_dim=128, qk_rope_head_dim=64,
-        v_head_dim=128, n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, moe_intermediate_size=2048,
-        n_group=8, topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5, num_nextn_predict_layers=1,
-        max_position_embeddings=163840, pad_token_id=None, rope_scaling={
-            "rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
-            "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
-    ),
+    "v2-lite": {
+        "model_type": "deepseek_v2",
+        "vocab_size": 102400, "hidden_size": 2048, "num_hidden_layers": 27, "intermediate_size": 10944,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "kv_lora_rank": 512, "q_lora_rank": None,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1, "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
+        "max_position_embeddings": 163840, "rope_scaling": DEEPSEEK_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "bos_token_id": 100000, "eos_token_id": 100001, "pad_token_id": None,
+    },
+    # DeepSeek-V3 and R1, 671 billion and one prediction module of 11.6 billion.
+    "v3-671b": {
+        "vocab_size": 129280, "hidden_size": 7168, "num_hidden_layers": 61, "intermediate_size": 18432,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "n_group": 8, "topk_group": 4,
+        "first_k_dense_replace": 3, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
+        "max_position_embeddings": 163840, "rope_scaling": DEEPSEEK_YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        "pad_token_id": None,
+    },
 }  # fmt: skip

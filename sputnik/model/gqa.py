@@ -38,7 +38,7 @@ class GQA(nn.Module):
             else:
                 row_bsw = now.cache.append(self.layer, fresh, now.plan).to(query.dtype)
                 key_btgd, value_btgd = (half.unflatten(-1, (self.key_heads, -1)) for half in row_bsw.chunk(2, dim=-1))
-                mask = now.plan.mask
+                mask = now.plan.bias[:, None].to(query.dtype)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2), key_btgd.transpose(1, 2), value_btgd.transpose(1, 2), attn_mask=mask,
             is_causal=mask is None, scale=self.scale, enable_gqa=self.heads != self.key_heads,

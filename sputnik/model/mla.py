@@ -1,11 +1,12 @@
 """Multi-head latent attention (report section 2.1.1), in the two forms that compute the same function.
 
-Expanded, for training and prefill: latents are multiplied out to keys and values per head. Absorbed, for decoding: the up
-projections move to the query and the output, and all heads attend to the cached latents themselves.
-B batch, T tokens, S cached tokens, H heads, N nope, R rope, V value, C latent.
+Expanded, for training and prefill: latents are multiplied out to keys and values per head. Absorbed, for decoding: the
+up projections move to the query and the output, and all heads attend to the cached latents themselves.
+B batch, T tokens, S cached tokens, H heads, N nope, R rope, Q = N + R, V value, C latent, W = C + R.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from sputnik.model.cache import Append, Cache
 from sputnik.model.config import ModelConfig
 from sputnik.model.precision import RMSNorm
-from sputnik.model.rope import rotate_interleaved, softmax_scale
+from sputnik.model.rope import rotate_interleaved, rotate_tail_, softmax_scale
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class MLA(nn.Module):
         self.value, self.latent = config.v_head_dim, config.kv_lora_rank
         self.scale = softmax_scale(config)
         query_width = self.heads * (self.nope + self.rope)
+        self.compressed_queries = config.q_lora_rank is not None
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, query_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.compressed_queries = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
         self.kv_a_layernorm = RMSNorm(self.latent, config.rms_norm_eps)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
@@ -50,48 +51,103 @@ class MLA(nn.Module):
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         """x (B, T, D) in the compute type -> (B, T, D)."""
-        q_bthn, q_bthr = self._queries(x, now)
+        q_bthq = self._queries(x, now)
         latent_btc, key_btr = self._latents(x, now)
-        if now.cache is None:
-            out = self.expanded(q_bthn, q_bthr, latent_btc, key_btr)
-        elif now.plan is None:
-            now.cache.fill(self.layer, torch.cat([latent_btc, key_btr], dim=-1))
-            out = self.expanded(q_bthn, q_bthr, latent_btc, key_btr)
-        else:
+        if now.cache is not None and now.plan is not None:
             row_bsw = now.cache.append(self.layer, torch.cat([latent_btc, key_btr], dim=-1), now.plan)
-            out = self.absorbed(q_bthn, q_bthr, row_bsw, now.plan.mask)
-        return self.o_proj(out)
+            with torch.autocast(x.device.type, enabled=False):
+                out = self.absorbed(q_bthq, row_bsw, now.plan.bias)
+            return self._output(out, now)
+        if now.cache is not None:
+            now.cache.fill(self.layer, torch.cat([latent_btc, key_btr], dim=-1))
+        return self._output(self.expanded(q_bthq, latent_btc, key_btr, now.dtype), now)
 
-    def _queries(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+    def _queries(self, x: Tensor, now: Pass) -> Tensor:
+        """(B, T, H, Q) in fp32, the last R rotated."""
+        q: Tensor
         if self.compressed_queries:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)).to(now.dtype))
         else:
             q = self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], dim=-1)
-        return q_nope, rotate_interleaved(q_rope, now.turn[:, :, None])
+        q_bthq = q.view(*q.shape[:2], self.heads, -1)
+        if not torch.is_grad_enabled():
+            return rotate_tail_(q_bthq.float(), now.turn[:, :, None])
+        out: Tensor = _RotateTail.apply(q_bthq, now.turn[:, :, None])  # type: ignore[no-untyped-call]
+        return out
 
     def _latents(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
-        """Normed latent (B, T, C) and the one rotated key all heads share (B, T, R)."""
-        latent, key = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], dim=-1)
-        return self.kv_a_layernorm(latent).to(now.dtype), rotate_interleaved(key, now.turn)
+        """Normed latent (B, T, C), and the one rotated key all heads share (B, T, R), both fp32."""
+        latent, key = torch.split(self.kv_a_proj_with_mqa(x), [self.latent, self.rope], dim=-1)
+        return self.kv_a_layernorm(latent), rotate_interleaved(key, now.turn)
 
-    def expanded(self, q_bthn: Tensor, q_bthr: Tensor, latent_btc: Tensor, key_btr: Tensor) -> Tensor:
+    def _output(self, out_btx: Tensor, now: Pass) -> Tensor:
+        out: Tensor = self.o_proj(out_btx.to(now.dtype))
+        return out
+
+    def expanded(self, q_bthq: Tensor, latent_btc: Tensor, key_btr: Tensor, dtype: torch.dtype) -> Tensor:
         """Causal attention over the pass's own tokens -> (B, T, H*V)."""
-        k_nope, v_bthv = self.kv_b_proj(latent_btc).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
-        query = torch.cat([q_bthn, q_bthr], dim=-1).transpose(1, 2)
-        key = torch.cat([k_nope, key_btr[:, :, None].expand(-1, -1, self.heads, -1)], dim=-1).transpose(1, 2)
-        # SDPA's CPU flash kernel wants equal widths of key and value.
-        value = F.pad(v_bthv, (0, self.nope + self.rope - self.value)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        up = F.linear(latent_btc.to(dtype), self.kv_b_proj.weight.to(dtype))  # `lowered` keeps this weight in fp32
+        up_bthx = up.view(*up.shape[:2], self.heads, self.nope + self.value)
+        k_bthq, v_bthq = _KeysValues.apply(up_bthx, key_btr, self.nope)  # type: ignore[no-untyped-call]
+        # In fp32 also under autocast: without AMX, SDPA's bfloat16 CPU kernel is the slower one.
+        with torch.autocast(q_bthq.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(
+                q_bthq.transpose(1, 2), k_bthq.transpose(1, 2), v_bthq.transpose(1, 2), is_causal=True, scale=self.scale
+            )
         return out.transpose(1, 2)[..., : self.value].flatten(2)
 
-    def absorbed(self, q_bthn: Tensor, q_bthr: Tensor, row_bsw: Tensor, mask: Tensor) -> Tensor:
-        """Attention over cached rows [latent C | rope R]; mask (B, 1, T, S) -> (B, T, H*V)."""
-        weight = self.kv_b_proj.weight.to(q_bthn.dtype).unflatten(0, (self.heads, -1))
-        up_key_hnc, up_value_hvc = weight.split([self.nope, self.value], dim=1)
-        query = torch.cat([torch.einsum("bthn,hnc->bhtc", q_bthn, up_key_hnc), q_bthr.transpose(1, 2)], dim=-1)
-        rows = row_bsw.to(query.dtype)
-        score_bhts = torch.einsum("bhtw,bsw->bhts", query, rows).float() * self.scale
-        share_bhts = score_bhts.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(query.dtype)
-        seen_bhtc = torch.einsum("bhts,bsc->bhtc", share_bhts, rows[..., : self.latent])
-        return torch.einsum("bhtc,hvc->bthv", seen_bhtc, up_value_hvc).flatten(2)
+    def absorbed(self, q_bthq: Tensor, row_bsw: Tensor, bias_bts: Tensor) -> Tensor:
+        """Attention over cached rows [latent C | rope R]; bias (B, T, S) is 0 or -inf -> (B, T, H*V), all fp32."""
+        batch, tokens = q_bthq.shape[:2]
+        weight = self.kv_b_proj.weight.float().view(self.heads, self.nope + self.value, self.latent)
+        up_key_hnc, up_value_hvc = weight[:, : self.nope], weight[:, self.nope :]
+        q_xhq, rows = q_bthq.flatten(0, 1), row_bsw.float()  # x = B*T
+        q_latent_xhc = torch.bmm(q_xhq[..., : self.nope].transpose(0, 1), up_key_hnc).transpose(0, 1)
+        query = torch.cat([q_latent_xhc, q_xhq[..., self.nope :]], dim=-1).view(batch, tokens * self.heads, -1)
+        if tokens > 1:
+            bias_bts = bias_bts.repeat_interleave(self.heads, dim=1)
+        score = torch.baddbmm(bias_bts, query, rows.transpose(1, 2), alpha=self.scale)
+        seen = torch.bmm(score.softmax(dim=-1), rows[..., : self.latent])
+        out_hxv = torch.bmm(seen.view(-1, self.heads, self.latent).transpose(0, 1), up_value_hvc.transpose(1, 2))
+        return out_hxv.transpose(0, 1).reshape(batch, tokens, -1)
+
+
+class _RotateTail(torch.autograd.Function):
+    """Query heads as fp32 with their last R values rotated: one copy forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q_bthq: Tensor, turn: Tensor) -> Tensor:
+        ctx.save_for_backward(turn)
+        ctx.dtype = q_bthq.dtype
+        return rotate_tail_(q_bthq.to(torch.float32, copy=True), turn)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (turn,) = ctx.saved_tensors
+        back = rotate_tail_(grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format), turn.conj())
+        return back.to(ctx.dtype), None
+
+
+class _KeysValues(torch.autograd.Function):
+    """Up-projected latents (B, T, H, N+V) and the shared key (B, T, R) -> keys [nope | shared], values [value | zeros].
+
+    Both are (B, T, H, Q) in fp32: SDPA's CPU flash kernel wants equal widths, else it holds all T x T scores."""
+
+    @staticmethod
+    def forward(ctx: Any, up_bthx: Tensor, key_btr: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+        rope, value = key_btr.shape[-1], up_bthx.shape[-1] - nope
+        ctx.nope, ctx.value, ctx.dtype = nope, value, up_bthx.dtype
+        key = up_bthx.new_empty(*up_bthx.shape[:-1], nope + rope, dtype=torch.float32)
+        key[..., :nope] = up_bthx[..., :nope]
+        key[..., nope:] = key_btr[:, :, None]
+        values = torch.zeros_like(key)
+        values[..., :value] = up_bthx[..., nope:]
+        return key, values
+
+    @staticmethod
+    def backward(ctx: Any, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, Tensor, None]:
+        nope, value = ctx.nope, ctx.value
+        grad_up = grad_key.new_empty(*grad_key.shape[:-1], nope + value, dtype=ctx.dtype)
+        grad_up[..., :nope] = grad_key[..., :nope]
+        grad_up[..., nope:] = grad_value[..., :value]
+        return grad_up, grad_key[..., nope:].sum(2), None

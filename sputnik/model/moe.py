@@ -1,6 +1,6 @@
 """Feed-forward blocks: the dense SwiGLU and DeepSeekMoE with bias-balanced routing (report section 2.1.2).
 
-A routed token goes to K of E experts; every expert's tokens are brought together by one sort, and all experts run as two
+A routed token goes to K of E experts; one sort brings every expert's tokens together, and all experts run as two
 grouped matrix products. Nothing is dropped. `loop_experts` is the same function written plainly, for the tests.
 B batch, T tokens, N = B*T, D hidden, I expert width, E experts, K chosen, G groups.
 """
@@ -23,7 +23,7 @@ class Route:
     layer: int
     chosen: Tensor  # (N, K) expert of each token, no order
     load: Tensor  # (E,) tokens per expert, without masked tokens
-    balance_loss: Tensor | None  # scalar, mean over sequences of sum_i f_i P_i (section 2.1.2, without alpha); training only
+    balance_loss: Tensor | None  # scalar, sum_i f_i P_i (report 2.1.2, without alpha), mean of sequences; training only
 
 
 class MLP(nn.Module):
@@ -88,15 +88,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """sum over the K chosen of weight * expert(x): x (N, D), weights and chosen (N, K) -> (N, D)."""
-        experts = torch.arange(self.gate_up_proj.shape[0], device=x.device)
-        ranked, order = chosen.flatten().sort(stable=True)
-        ends = torch.searchsorted(ranked, experts, right=True, out_int32=True)
-        token, back = order // chosen.shape[1], order.argsort()
-        inner = F.grouped_mm(_Spread.apply(x, token, back), self.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends)
-        gate, up = inner.chunk(2, dim=-1)
-        act = F.silu(gate) * up * weights.flatten()[order].to(x.dtype)[:, None]
-        out = F.grouped_mm(act, self.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
-        return _Gather.apply(out, token, back, chosen.shape[1])  # type: ignore[no-any-return]
+        gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
+        out: Tensor = _GroupedExperts.apply(x, weights.to(x.dtype), chosen, gate_up, down)  # type: ignore[no-untyped-call]
+        return out
 
 
 def loop_experts(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
@@ -110,34 +104,47 @@ def loop_experts(experts: Experts, x: Tensor, weights: Tensor, chosen: Tensor) -
     return out
 
 
-class _Spread(torch.autograd.Function):
-    """Rows of x (N, D) to their experts' order (N*K, D). Its transpose is `_Gather`: both directions are gathers, where
-    autograd's own backward of indexing would add row by row."""
+class _GroupedExperts(torch.autograd.Function):
+    """One sort brings each expert's tokens together; two grouped products run all experts.
+
+    The gradient is written out for speed: autograd would add gathered rows one by one, scale at the hidden width rather
+    than the expert width, and keep the (N*K, D) gathered tokens, which are gathered again here instead."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.tokens = x.shape[0]
-        return x.index_select(0, token)
+    def forward(ctx: Any, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        ranked, order = chosen.flatten().sort(stable=True)
+        experts = torch.arange(gate_up.shape[0], device=x.device)
+        ends = torch.searchsorted(ranked, experts, right=True, out_int32=True)
+        token = order // chosen.shape[1]
+        slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(chosen)
+        inner = F.grouped_mm(x.index_select(0, token), gate_up.transpose(1, 2), offs=ends)
+        gate, up = inner.chunk(2, dim=-1)
+        act = F.silu(gate).mul_(up)
+        ctx.save_for_backward(x, weights, gate_up, down, inner, act, order, token, slot, ends)
+        return _sum_slots(F.grouped_mm(act, down.transpose(1, 2), offs=ends), slot, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (back,) = ctx.saved_tensors
-        return grad.index_select(0, back).view(ctx.tokens, -1, grad.shape[1]).sum(1), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
+        x, weights, gate_up, down, inner, act, order, token, slot, ends = ctx.saved_tensors
+        grad_out = grad.index_select(0, token)
+        grad_act = F.grouped_mm(grad_out, down, offs=ends)
+        weight = weights.flatten()[order][:, None]
+        grad_weights = torch.linalg.vecdot(grad_act, act)[slot]
+        grad_down = F.grouped_mm(grad_out.t(), act * weight, offs=ends)
+        gate, up = inner.chunk(2, dim=-1)
+        grad_act *= weight
+        grad_inner = torch.empty_like(inner)
+        grad_gate, grad_up = grad_inner.chunk(2, dim=-1)
+        torch.mul(grad_act, F.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad_act.mul_(up), gate, grad_input=grad_gate)
+        grad_gate_up = F.grouped_mm(grad_inner.t(), x.index_select(0, token), offs=ends)
+        grad_x = _sum_slots(F.grouped_mm(grad_inner, gate_up, offs=ends), slot, None)
+        return grad_x, grad_weights, None, grad_gate_up, grad_down
 
 
-class _Gather(torch.autograd.Function):
-    """Expert-ordered rows (N*K, D) summed back to their tokens (N, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, token: Tensor, back: Tensor, picks: int) -> Tensor:
-        ctx.save_for_backward(token)
-        return y.index_select(0, back).view(-1, picks, y.shape[1]).sum(1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (token,) = ctx.saved_tensors
-        return grad.index_select(0, token), None, None, None
+def _sum_slots(rows: Tensor, slot: Tensor, weights: Tensor | None) -> Tensor:
+    """out[n] = sum_k weights[n, k] rows[slot[n, k]], without the (N, K, D) in between."""
+    return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights)
 
 
 class MoE(nn.Module):

@@ -1,5 +1,5 @@
-"""Multi-token prediction (report section 2.2): after the main model, a chain of one-block modules, each looking one token
-further ahead. Embedding and head are the main model's. Drafting with these modules is left to the engine.
+"""Multi-token prediction (report section 2.2): after the main model, a chain of one-block modules, each looking one
+token further ahead. Embedding and head are the main model's. Drafting with these modules is left to the engine.
 """
 
 import torch
@@ -21,7 +21,9 @@ class MTPModule(nn.Module):
         self.block = block
         self.norm = RMSNorm(hidden, eps)
 
-    def forward(self, embedded: Tensor, hidden: Tensor, now: Pass, token_mask: Tensor | None) -> tuple[Tensor, Route | None]:
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, now: Pass, token_mask: Tensor | None
+    ) -> tuple[Tensor, Route | None]:
         """Embedding of the token ahead and the previous depth's normed hidden state, both (B, T, D)."""
         # Embedding first: the order of the released weights; the report's equation 21 has it the other way round.
         joined = torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1).to(now.dtype)

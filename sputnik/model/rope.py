@@ -29,6 +29,7 @@ def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | Non
 
 def yarn_range(dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[float, float]:
     """Pairs below `low` keep their frequency, pairs above `high` are interpolated (report section 4.3)."""
+
     def pair_turning(times: float) -> float:
         length = scaling["original_max_position_embeddings"]
         return dim * math.log(length / (times * 2 * math.pi)) / (2 * math.log(theta))
@@ -85,9 +86,16 @@ class Rope:
 
 
 def rotate_interleaved(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate pairs (2i, 2i+1) of x (..., R) by `turn` (broadcastable to (..., R/2), complex)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    """Rotate pairs (2i, 2i+1) of x (..., R) by `turn` (broadcastable to (..., R/2), complex) -> fp32."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def rotate_tail_(x: Tensor, turn: Tensor) -> Tensor:
+    """`rotate_interleaved` in place on the last R of the last dimension; R follows from `turn`, x is fp32."""
+    tail = x[..., -2 * turn.shape[-1] :]
+    torch.view_as_complex(tail.view(*tail.shape[:-1], -1, 2)).mul_(turn)
+    return x
 
 
 def rotate_halves(x: Tensor, turn: Tensor) -> Tensor:

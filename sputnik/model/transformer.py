@@ -1,7 +1,8 @@
 """The model: embedding, decoder layers, final norm, head and multi-token prediction modules.
 
 `model(ids)` gives logits; training and sampling use `trunk` (hidden states, no head) and `model.head` or
-`sputnik.model.head` on the positions they need. Parameter names are Hugging Face's, but for the stacked experts and `mtp.*`.
+`sputnik.model.head` on the positions they need. Parameters have Hugging Face's names, except the stacked experts and
+`mtp.*`.
 B batch, T tokens, D hidden, V vocabulary.
 """
 
@@ -89,9 +90,9 @@ class Transformer(nn.Module):
     def trunk(
         self, ids: Tensor, cache: Cache | None = None, token_mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> Trunk:
-        """All layers. With a cache the tokens extend its rows, `lengths` (B,) of them valid per row (None: all T; the rest
-        is right padding whose outputs mean nothing). `token_mask` (B, T): False tokens are left out of expert load and
-        balance loss; it changes no output."""
+        """All layers. With a cache the tokens extend its rows. `lengths` (B,) says how many of the T are valid per row
+        (None: all); the rest is right padding, whose outputs mean nothing. `token_mask` (B, T): False tokens are left
+        out of expert load and balance loss; it changes no output."""
         tokens = ids.shape[1]
         if token_mask is None and lengths is not None:
             token_mask = torch.arange(tokens, device=ids.device) < lengths[:, None]
@@ -106,8 +107,8 @@ class Transformer(nn.Module):
         return Trunk(self.model.norm(x), x, routes)
 
     def mtp_hidden(self, residual: Tensor, ids: Tensor, token_mask: Tensor | None = None) -> Ahead:
-        """Run the prediction modules on `Trunk.residual` (B, T, D) of the same ids (B, T). Depth k gets the main model's
-        (then the previous depth's) output after its norm, which is what serving engines feed the released weights."""
+        """Run the prediction modules on `Trunk.residual` (B, T, D) of the same ids (B, T). A depth gets the output of
+        the one before after its norm (depth 1: the main model's), as serving engines feed the released weights."""
         ahead = Ahead([], [])
         hidden = self.model.norm(residual)
         for k, module in enumerate(self.mtp, start=1):
@@ -133,7 +134,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> "Transformer":
-        """Normal(0, initializer_range) for every matrix, ones for norms, zeros for biases; depends on `generator` alone."""
+        """Normal(0, initializer_range) for matrices, ones for norms, zeros for biases; depends on `generator` alone."""
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Gate):
@@ -154,8 +155,12 @@ class Transformer(nn.Module):
         """A frozen copy for sampling whose matrix weights have type `dtype`: the numbers of autocast without its casts.
         Embedding, head, norms and gates are shared with this model, not copied. Remake it after an optimizer step."""
         memo: dict[int, object] = {id(self.rope): self.rope}
-        for module in self.modules():
-            for key, weight in module.named_parameters(recurse=False):
-                matrix = isinstance(module, Experts) or (isinstance(module, nn.Linear) and module is not self.lm_head)
-                memo[id(weight)] = nn.Parameter(weight.to(dtype), requires_grad=False) if matrix else weight
+        memo |= {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        for name, module in self.named_modules():
+            if isinstance(module, Experts) or (isinstance(module, nn.Linear) and module is not self.lm_head):
+                for weight in module.parameters(recurse=False):
+                    rounded = weight.to(dtype)
+                    if name.endswith("kv_b_proj"):  # read as fp32 by every absorbed step
+                        rounded = rounded.float()
+                    memo[id(weight)] = nn.Parameter(rounded, requires_grad=False)
         return copy.deepcopy(self, memo).eval()
