@@ -7,6 +7,7 @@ and answers skip, continue or run, or refuses: two settings never share a stage.
 
 import hashlib
 import json
+import platform
 import shutil
 import subprocess
 import time
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 from sputnik.config import from_dict
 from sputnik.errors import ConfigError, DataError
+from sputnik.hardware import cpu_name, resolve_precision
 from sputnik.recipe.recipe import Recipe, Stage
+from sputnik.train.loop import machine
 from sputnik.train.state import JsonLines, read_jsonl, write_json
 
 Decision = Literal["skip", "continue", "run"]
@@ -40,6 +43,12 @@ class Record:
     seconds: float = 0.0
     usd: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
+
+
+def environment() -> dict[str, Any]:
+    """What the figures of a run were measured on, as of its last change."""
+    found = {**machine(), "cpu": cpu_name(), "precision": resolve_precision("auto")}
+    return {"python": platform.python_version(), **found}
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class Lineage:
             shutil.rmtree(self.run / name, ignore_errors=True)
 
     def _write(self) -> None:
-        write_json(self.path, {"name": self.run.name, "stages": [asdict(record) for record in self.records.values()]})
+        stages = [asdict(record) for record in self.records.values()]
+        write_json(self.path, {"name": self.run.name, "environment": environment(), "stages": stages})
 
     def book(self, record: Record, attempt: Spent, outcome: str) -> Spent:
         """Add one attempt to the ledger; returns the sum of all attempts at this stage with these settings."""
