@@ -222,8 +222,8 @@ def _mla_problems(c: ModelConfig) -> Iterator[str]:
 def _expert_problems(c: ModelConfig, experts: int) -> Iterator[str]:
     if experts <= 0 or c.moe_intermediate_size <= 0:
         yield "experts need n_routed_experts > 0 and moe_intermediate_size > 0"
-    if c.n_shared_experts <= 0:
-        yield "n_shared_experts must be at least 1, as in every published DeepSeek model"
+    if c.n_shared_experts < 0:
+        yield f"n_shared_experts = {c.n_shared_experts}: must be 0 or more"
     if c.scoring_func not in ("sigmoid", "softmax"):
         yield f"scoring_func {c.scoring_func!r}: use sigmoid or softmax"
     if c.topk_method not in TOPK_METHODS:

@@ -154,14 +154,16 @@ class MoE(nn.Module):
         self.layer, width = layer, config.moe_intermediate_size
         self.gate = Gate(config)
         self.experts = Experts(config.n_routed_experts, config.hidden_size, width)
-        self.shared_experts = MLP(config.hidden_size, width * config.n_shared_experts)
+        shared = config.n_shared_experts
+        self.shared_experts = MLP(config.hidden_size, width * shared) if shared else None
 
     def forward(self, x_btd: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Route]:
         """x (B, T, D) as the norm gave it; token_mask (B, T), False = not counted in load and balance."""
         scores, weights, chosen = self.gate(x_btd.flatten(0, 1))
         x = x_btd.to(compute_dtype(self.experts.down_proj))
         routed = self.experts(x.flatten(0, 1), weights, chosen).view_as(x)
-        return self.shared_experts(x) + routed, self._route(scores, chosen, x.shape[0], token_mask)
+        out = routed if self.shared_experts is None else self.shared_experts(x) + routed
+        return out, self._route(scores, chosen, x.shape[0], token_mask)
 
     def _route(self, scores: Tensor, chosen: Tensor, batch: int, token_mask: Tensor | None) -> Route:
         experts, picks = scores.shape[1], chosen.shape[1]

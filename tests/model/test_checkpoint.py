@@ -205,7 +205,7 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
     ),
     "size a string": (edit_config(hidden_size="16"), "hidden_size"),
     "unknown model type": (edit_config(model_type="mamba"), "model_type 'mamba'"),
-    "no shared experts": (edit_config(n_shared_experts=0), "n_shared_experts must be at least 1"),
+    "fewer than no shared experts": (edit_config(n_shared_experts=-1), "n_shared_experts = -1: must be 0 or more"),
     "quantised": (edit_config(quantization_config={"quant_method": "fp8"}), "quantised (fp8)"),
     "too few layers": (edit_config(num_hidden_layers=2, num_nextn_predict_layers=0), "unexpected: model.layers.2."),
     "too many layers": (edit_config(num_hidden_layers=6), "missing: model.layers."),
