@@ -5,10 +5,9 @@ B batch, T tokens, S cached tokens, H query heads, G key heads, D head width.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from sputnik.model.attention import Pass, attend
 from sputnik.model.config import ModelConfig
-from sputnik.model.mla import Pass
 from sputnik.model.rope import rotate_halves, softmax_scale
 
 
@@ -27,20 +26,17 @@ class GQA(nn.Module):
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         """x (B, T, hidden) in the compute type -> the same shape."""
         turn = now.turn[:, :, None]
-        query = rotate_halves(self.q_proj(x).unflatten(-1, (self.heads, -1)), turn)
-        key_btgd = rotate_halves(self.k_proj(x).unflatten(-1, (self.key_heads, -1)), turn)
-        value_btgd = self.v_proj(x).unflatten(-1, (self.key_heads, -1))
-        mask = None
+        query = rotate_halves(self.q_proj(x).unflatten(-1, (self.heads, -1)), turn).to(now.core)
+        key_btgd = rotate_halves(self.k_proj(x).unflatten(-1, (self.key_heads, -1)), turn).to(now.core)
+        value_btgd = self.v_proj(x).unflatten(-1, (self.key_heads, -1)).to(now.core)
+        bias = None
         if now.cache is not None:
             fresh = torch.cat([key_btgd.flatten(2), value_btgd.flatten(2)], dim=-1)
             if now.plan is None:
                 now.cache.fill(self.layer, fresh)
             else:
-                row_bsw = now.cache.append(self.layer, fresh, now.plan).to(query.dtype)
+                row_bsw = now.cache.append(self.layer, fresh, now.plan)
                 key_btgd, value_btgd = (half.unflatten(-1, (self.key_heads, -1)) for half in row_bsw.chunk(2, dim=-1))
-                mask = now.plan.bias[:, None].to(query.dtype)
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key_btgd.transpose(1, 2), value_btgd.transpose(1, 2), attn_mask=mask,
-            is_causal=mask is None, scale=self.scale, enable_gqa=self.heads != self.key_heads,
-        )  # fmt: skip
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+                query, bias = query.to(row_bsw.dtype), now.plan.bias[:, None]
+        out = attend(query.transpose(1, 2), key_btgd.transpose(1, 2), value_btgd.transpose(1, 2), self.scale, bias)
+        return self.o_proj(out.transpose(1, 2).flatten(2).to(now.dtype))

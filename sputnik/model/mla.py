@@ -5,27 +5,16 @@ up projections move to the query and the output, and all heads attend to the cac
 B batch, T tokens, S cached tokens, H heads, N nope, R rope, Q = N + R, V value, C latent, W = C + R.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sputnik.model.cache import Append, Cache
+from sputnik.model.attention import Pass, attend
 from sputnik.model.config import ModelConfig
 from sputnik.model.precision import RMSNorm
 from sputnik.model.rope import rotate_interleaved, rotate_tail_, softmax_scale
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What all attention layers of one forward pass share."""
-
-    turn: Tensor  # complex rotations, (1 or B, T, R/2)
-    dtype: torch.dtype  # of matrix products
-    cache: Cache | None = None
-    plan: Append | None = None  # None: training, or prefill into an empty cache
 
 
 class MLA(nn.Module):
@@ -53,91 +42,85 @@ class MLA(nn.Module):
         """x (B, T, D) in the compute type -> (B, T, D)."""
         q_bthq = self._queries(x, now)
         latent_btc, key_btr = self._latents(x, now)
-        if now.cache is not None and now.plan is not None:
-            row_bsw = now.cache.append(self.layer, torch.cat([latent_btc, key_btr], dim=-1), now.plan)
-            with torch.autocast(x.device.type, enabled=False):
-                out = self.absorbed(q_bthq, row_bsw, now.plan.bias)
-            return self._output(out, now)
-        if now.cache is not None:
+        if now.cache is None:
+            out = self.expanded(q_bthq, latent_btc, key_btr, now)
+        elif now.plan is None:
             now.cache.fill(self.layer, torch.cat([latent_btc, key_btr], dim=-1))
-        return self._output(self.expanded(q_bthq, latent_btc, key_btr, now.dtype), now)
+            out = self.expanded(q_bthq, latent_btc, key_btr, now)
+        else:
+            row_bsw = now.cache.append(self.layer, torch.cat([latent_btc, key_btr], dim=-1), now.plan)
+            out = self.absorbed(q_bthq, row_bsw, now.plan.bias)
+        return self.o_proj(out.to(now.dtype))
 
     def _queries(self, x: Tensor, now: Pass) -> Tensor:
-        """(B, T, H, Q) in fp32, the last R rotated."""
-        q: Tensor
+        """(B, T, H, Q) in the core type, the last R rotated."""
         if self.compressed_queries:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)).to(now.dtype))
         else:
             q = self.q_proj(x)
         q_bthq = q.view(*q.shape[:2], self.heads, -1)
         if not torch.is_grad_enabled():
-            return rotate_tail_(q_bthq.float(), now.turn[:, :, None])
-        out: Tensor = _RotateTail.apply(q_bthq, now.turn[:, :, None])  # type: ignore[no-untyped-call]
-        return out
+            return rotate_tail_(q_bthq.float(), now.turn[:, :, None]).to(now.core)
+        return _RotateTail.apply(q_bthq, now.turn[:, :, None], now.core)  # type: ignore[no-untyped-call]
 
     def _latents(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
         """Normed latent (B, T, C), and the one rotated key all heads share (B, T, R), both fp32."""
         latent, key = torch.split(self.kv_a_proj_with_mqa(x), [self.latent, self.rope], dim=-1)
         return self.kv_a_layernorm(latent), rotate_interleaved(key, now.turn)
 
-    def _output(self, out_btx: Tensor, now: Pass) -> Tensor:
-        out: Tensor = self.o_proj(out_btx.to(now.dtype))
-        return out
-
-    def expanded(self, q_bthq: Tensor, latent_btc: Tensor, key_btr: Tensor, dtype: torch.dtype) -> Tensor:
+    def expanded(self, q_bthq: Tensor, latent_btc: Tensor, key_btr: Tensor, now: Pass) -> Tensor:
         """Causal attention over the pass's own tokens -> (B, T, H*V)."""
-        up = F.linear(latent_btc.to(dtype), self.kv_b_proj.weight.to(dtype))  # `lowered` keeps this weight in fp32
-        up_bthx = up.view(*up.shape[:2], self.heads, self.nope + self.value)
-        k_bthq, v_bthq = _KeysValues.apply(up_bthx, key_btr, self.nope)  # type: ignore[no-untyped-call]
-        # In fp32 also under autocast: without AMX, SDPA's bfloat16 CPU kernel is the slower one.
-        with torch.autocast(q_bthq.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(
-                q_bthq.transpose(1, 2), k_bthq.transpose(1, 2), v_bthq.transpose(1, 2), is_causal=True, scale=self.scale
-            )
+        weight = self.kv_b_proj.weight.to(now.dtype)  # fp32 in a `lowered` copy, for `absorbed`
+        up_bthx = F.linear(latent_btc.to(now.dtype), weight).unflatten(-1, (self.heads, -1))
+        k_bthq, v_bthq = _KeysValues.apply(up_bthx, key_btr.to(now.core), self.nope)  # type: ignore[no-untyped-call]
+        out = attend(q_bthq.transpose(1, 2), k_bthq.transpose(1, 2), v_bthq.transpose(1, 2), self.scale)
         return out.transpose(1, 2)[..., : self.value].flatten(2)
 
     def absorbed(self, q_bthq: Tensor, row_bsw: Tensor, bias_bts: Tensor) -> Tensor:
-        """Attention over cached rows [latent C | rope R]; bias (B, T, S) is 0 or -inf -> (B, T, H*V), all fp32."""
+        """Attention over cached rows [latent C | rope R]; bias (B, T, S) is 0 or -inf -> (B, T, H*V)."""
         batch, tokens = q_bthq.shape[:2]
-        weight = self.kv_b_proj.weight.float().view(self.heads, self.nope + self.value, self.latent)
+        weight = self.kv_b_proj.weight.to(q_bthq.dtype).view(self.heads, self.nope + self.value, self.latent)
         up_key_hnc, up_value_hvc = weight[:, : self.nope], weight[:, self.nope :]
-        q_xhq, rows = q_bthq.flatten(0, 1), row_bsw.float()  # x = B*T
-        q_latent_xhc = torch.bmm(q_xhq[..., : self.nope].transpose(0, 1), up_key_hnc).transpose(0, 1)
-        query = torch.cat([q_latent_xhc, q_xhq[..., self.nope :]], dim=-1).view(batch, tokens * self.heads, -1)
-        if tokens > 1:
-            bias_bts = bias_bts.repeat_interleave(self.heads, dim=1)
-        score = torch.baddbmm(bias_bts, query, rows.transpose(1, 2), alpha=self.scale)
-        seen = torch.bmm(score.softmax(dim=-1), rows[..., : self.latent])
-        out_hxv = torch.bmm(seen.view(-1, self.heads, self.latent).transpose(0, 1), up_value_hvc.transpose(1, 2))
+        q_hxq = q_bthq.flatten(0, 1).transpose(0, 1)  # x = B*T
+        with torch.autocast(q_bthq.device.type, enabled=False):
+            query_hxw = torch.cat([torch.bmm(q_hxq[..., : self.nope], up_key_hnc), q_hxq[..., self.nope :]], dim=-1)
+            # One key head for all queries: the heads stand in line as further query rows, (B, 1, T*H, W).
+            query = query_hxw.transpose(0, 1).reshape(batch, 1, tokens * self.heads, -1).to(row_bsw.dtype)
+            bias = bias_bts if tokens == 1 else bias_bts.repeat_interleave(self.heads, dim=1)
+            row = row_bsw[:, None]
+            seen = attend(query, row, row, self.scale, bias[:, None])[..., : self.latent].to(q_bthq.dtype)
+            seen_hxc = seen.view(batch * tokens, self.heads, -1).transpose(0, 1)
+            out_hxv = torch.bmm(seen_hxc, up_value_hvc.transpose(1, 2))
         return out_hxv.transpose(0, 1).reshape(batch, tokens, -1)
 
 
 class _RotateTail(torch.autograd.Function):
-    """Query heads as fp32 with their last R values rotated: one copy forward, one backward."""
+    """Query heads with their last R values rotated: one copy forward, one backward."""
 
     @staticmethod
-    def forward(ctx: Any, q_bthq: Tensor, turn: Tensor) -> Tensor:
+    def forward(ctx: Any, q_bthq: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(turn)
         ctx.dtype = q_bthq.dtype
-        return rotate_tail_(q_bthq.to(torch.float32, copy=True), turn)
+        return rotate_tail_(q_bthq.to(torch.float32, copy=True), turn).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (turn,) = ctx.saved_tensors
-        back = rotate_tail_(grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format), turn.conj())
-        return back.to(ctx.dtype), None
+        back = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return rotate_tail_(back, turn.conj()).to(ctx.dtype), None, None
 
 
 class _KeysValues(torch.autograd.Function):
     """Up-projected latents (B, T, H, N+V) and the shared key (B, T, R) -> keys [nope | shared], values [value | zeros].
 
-    Both are (B, T, H, Q) in fp32: SDPA's CPU flash kernel wants equal widths, else it holds all T x T scores."""
+    Both are (B, T, H, Q) of the shared key's type: SDPA's flash kernels want equal widths, else all T x T scores are
+    held in memory."""
 
     @staticmethod
     def forward(ctx: Any, up_bthx: Tensor, key_btr: Tensor, nope: int) -> tuple[Tensor, Tensor]:
         rope, value = key_btr.shape[-1], up_bthx.shape[-1] - nope
         ctx.nope, ctx.value, ctx.dtype = nope, value, up_bthx.dtype
-        key = up_bthx.new_empty(*up_bthx.shape[:-1], nope + rope, dtype=torch.float32)
+        key = key_btr.new_empty(*up_bthx.shape[:-1], nope + rope)
         key[..., :nope] = up_bthx[..., :nope]
         key[..., nope:] = key_btr[:, :, None]
         values = torch.zeros_like(key)

@@ -5,8 +5,8 @@ token further ahead. Embedding and head are the main model's. Drafting with thes
 import torch
 from torch import Tensor, nn
 
+from sputnik.model.attention import Pass
 from sputnik.model.config import ModelConfig
-from sputnik.model.mla import Pass
 from sputnik.model.moe import Route
 from sputnik.model.precision import RMSNorm
 

@@ -99,7 +99,7 @@ def rotate_tail_(x: Tensor, turn: Tensor) -> Tensor:
 
 
 def rotate_halves(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate pairs (i, i + R/2) of x (..., R) by `turn` (broadcastable to (..., R/2), complex)."""
+    """Rotate pairs (i, i + R/2) of x (..., R) by `turn` (broadcastable to (..., R/2), complex) -> fp32."""
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.complex(first.contiguous(), second.contiguous()) * turn
-    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
+    return torch.cat([turned.real, turned.imag], dim=-1)

@@ -13,11 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sputnik.model.attention import Pass
 from sputnik.model.cache import Cache
 from sputnik.model.config import ModelConfig
 from sputnik.model.gqa import GQA
 from sputnik.model.head import logits
-from sputnik.model.mla import MLA, Pass
+from sputnik.model.mla import MLA
 from sputnik.model.moe import MLP, Experts, Gate, MoE, Route
 from sputnik.model.mtp import MTPModule
 from sputnik.model.precision import RMSNorm, compute_dtype
