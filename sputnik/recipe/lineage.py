@@ -11,7 +11,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -114,11 +114,12 @@ class Lineage:
                 found += self.descendants(child)
         return [stage for stage in dict.fromkeys(found) if stage in self.records]
 
-    def decide(self, recipe: Recipe) -> dict[str, Decision]:
-        """What to do with each stage of `recipe`. ConfigError if the run holds something made from other settings."""
+    def decide(self, recipe: Recipe, without: Collection[str] = ()) -> dict[str, Decision]:
+        """What to do with each stage of `recipe` once the stages `without` are deleted. ConfigError if the run holds
+        something made from other settings."""
         decisions: dict[str, Decision] = {}
         for stage in recipe.stages:
-            record = self.records.get(stage.name)
+            record = None if stage.name in without else self.records.get(stage.name)
             if record is None:
                 decisions[stage.name] = "run"
             elif record.hash != stage.hash:
@@ -127,7 +128,7 @@ class Lineage:
                 decisions[stage.name] = "skip"
             else:
                 decisions[stage.name] = "continue"
-        extra = [name for name in self.records if name not in decisions]
+        extra = [name for name in self.records if name not in decisions and name not in without]
         if extra:
             raise ConfigError(
                 f"{self.run} holds stage {extra[0]!r}, which this recipe does not have; "

@@ -68,11 +68,12 @@ def run_recipe(
     with run_lock(run):
         try:
             lineage = Lineage(run)
-            if fresh is not None:
-                _forget(lineage, recipe, fresh)
-            decisions = lineage.decide(recipe)
+            doomed = _doomed(lineage, fresh) if fresh is not None else []
+            decisions = lineage.decide(recipe, without=doomed)
             if only is not None:
-                _require_ancestors(recipe, lineage, decisions, only)
+                _require_ancestors(recipe, decisions, only)
+            if doomed:
+                lineage.forget(doomed)
             todo = [stage for stage in recipe.stages if only in (None, stage.name)]
             console.print(plan_table(recipe, decisions, {stage.name for stage in todo}))
             for number, stage in enumerate(todo, 1):
@@ -93,14 +94,15 @@ def run_recipe(
     return run
 
 
-def _forget(lineage: Lineage, recipe: Recipe, name: str) -> None:
+def _doomed(lineage: Lineage, name: str) -> list[str]:
+    """The stage to make again, and all that stands on it."""
     if name not in lineage.records:
         known = ", ".join(lineage.records) or "none yet"
         raise ConfigError(f"--fresh {name}: {lineage.run} has no such stage; it holds {known}")
-    lineage.forget(lineage.descendants(name))
+    return lineage.descendants(name)
 
 
-def _require_ancestors(recipe: Recipe, lineage: Lineage, decisions: Mapping[str, Decision], only: str) -> None:
+def _require_ancestors(recipe: Recipe, decisions: Mapping[str, Decision], only: str) -> None:
     for ancestor in recipe.ancestors(only):
         if decisions[ancestor.name] != "skip":
             raise ConfigError(f"--only {only}: its parent {ancestor.name!r} is not finished; run that one first")

@@ -168,6 +168,14 @@ def test_fresh_discards_the_stage_and_what_stands_on_it(tmp_path: Path) -> None:
         run(tmp_path, changed, fresh="bsae")
 
 
+def test_fresh_deletes_nothing_if_the_run_is_refused_anyway(tmp_path: Path) -> None:
+    run(tmp_path, read(tmp_path))
+    with pytest.raises(ConfigError, match="stage 'data' .*size 4 -> 5"):
+        run(tmp_path, read(tmp_path, RECIPE, "data.size=5"), fresh="base")
+    assert list(records(tmp_path)) == ["data", "base", "after"]
+    assert (tmp_path / "runs/two/base/log.txt").exists()
+
+
 def test_a_changed_task_file_is_another_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("my_task.py").write_text("first")
