@@ -5,6 +5,7 @@ batch, so the cut changes memory and speed and not the gradient. `score` and `up
 on the very same tensors, which is why the ratio pi / pi_old is exactly 1 in the first step after a rollout.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from sputnik.hardware import resolve_precision
 from sputnik.model.head import token_logprobs
 from sputnik.model.transformer import Transformer
 from sputnik.train.losses import Objective, PolicyBatch, PolicyLoss, policy_loss, token_weights
+from sputnik.train.optim import clip_gradients
 from sputnik.train.rollout import Sample
 
 
@@ -136,11 +138,11 @@ class Learner:
             part.loss.backward()  # type: ignore[no-untyped-call]
             parts.append(part)
             entropy += batch_entropy
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        finite = bool(torch.isfinite(grad_norm))
+        grad_norm = clip_gradients(self.model, self.max_grad_norm)
+        finite = math.isfinite(grad_norm)
         if finite and batches:
             self.optimizer.step()
-        return _stats(parts, float(entropy), float(grad_norm), finite)
+        return _stats(parts, float(entropy), grad_norm, finite)
 
     def _logprobs(self, model: Transformer, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         hidden = model.trunk(batch.ids).hidden[batch.rows, batch.columns]

@@ -40,6 +40,7 @@ from sputnik.train.state import (
 )
 
 MAX_ROLLBACKS = 3
+SAVE_SHARE = 0.05  # of the time at most goes into saves by the clock, however slow the disk
 Read = Callable[[str], dict[str, Tensor]]
 
 
@@ -86,7 +87,8 @@ class Loop:
     ) -> None:
         """`identity` is everything that decides the outcome (settings, data, parent); a save with another one is
         refused. `guard` makes a fresh guard, `logs` are further logs beside metrics, `headline` the metrics shown while
-        running. A save is made every `save_seconds`, and every `save_steps` steps unless that is 0."""
+        running. A save is made every `save_seconds` (less often if the disk is slow), and every `save_steps` steps
+        unless that is 0."""
         self.out = out
         self.steps = steps
         self.identity = dict(identity)
@@ -103,6 +105,7 @@ class Loop:
         self._logs: dict[str, JsonLines] = {}
         self._saved_step = -1
         self._saved_at = time.monotonic()
+        self._save_took = 0.0
         self._shift = 0
 
     # --- for stages ---
@@ -147,7 +150,8 @@ class Loop:
         if alarm is not None:
             self._react(alarm, metrics, stage)
         by_steps = self.save_steps and self.done % self.save_steps == 0
-        if by_steps or time.monotonic() - self._saved_at >= self.save_seconds:
+        wait = max(self.save_seconds, self._save_took / SAVE_SHARE)
+        if by_steps or time.monotonic() - self._saved_at >= wait:
             self._save(stage)
 
     def _start(self, stage: Stage) -> None:
@@ -155,6 +159,7 @@ class Loop:
         rollback has somewhere to go."""
         saved = self.store.latest()
         if saved is None:
+            self._rollbacks.unlink(missing_ok=True)  # of a run whose saves were deleted by hand
             self._logs = {name: JsonLines(self.out / f"{name}.jsonl", 0) for name in self._log_names}
             self._save(stage)
         else:
@@ -177,6 +182,7 @@ class Loop:
             self._guard.check(record)
 
     def _save(self, stage: Stage) -> None:
+        began = time.monotonic()
         tensors, plain = stage.state()
         meta = {
             "identity": self.identity,
@@ -188,6 +194,7 @@ class Loop:
         self.store.save(self.done, tensors, meta)
         self._saved_step = self.done
         self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - began
 
     def _spent(self) -> dict[str, float]:
         """The figures every step reports; a stage that times its parts may report rates of its own."""

@@ -315,7 +315,7 @@ def pretrain(
     loop = Loop(
         out,
         steps=stage.plan.steps,
-        identity=_identity(config, model_config, training, validation),
+        identity=_identity(stage, training, validation),
         meter=meter,
         guard=lambda: Guard(GuardConfig(spike=config.on_spike)),
         headline=("loss", "bits_per_byte", "tokens_per_s"),
@@ -333,12 +333,11 @@ def pretrain(
     return {key: last[key] for key in ("tokens", "loss", "val_loss", "bits_per_byte")}
 
 
-def _identity(
-    config: PretrainConfig, model_config: ModelConfig, corpus: PackedCorpus, held_out: PackedCorpus
-) -> dict[str, Any]:
-    """Everything the result depends on."""
-    settings = {key: value for key, value in to_dict(config).items() if key not in OUTCOME_FREE}
-    model = {f"model.{key}": value for key, value in to_dict(model_config).items()}
+def _identity(stage: Pretraining, corpus: PackedCorpus, held_out: PackedCorpus) -> dict[str, Any]:
+    """Everything the result depends on; "auto" is written out, since another day's measurement may decide otherwise."""
+    settings = {key: value for key, value in to_dict(stage.config).items() if key not in OUTCOME_FREE}
+    settings["precision"] = stage.precision
+    model = {f"model.{key}": value for key, value in to_dict(stage.model.config).items()}
     return {**settings, **model, "corpus": corpus.info.sha256, "held_out": held_out.info.sha256}
 
 

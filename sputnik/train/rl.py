@@ -30,6 +30,7 @@ from sputnik.cost import Meter, decode_flops_per_token, forward_flops_per_token,
 from sputnik.engine.sampler import Sampler, SamplingParams
 from sputnik.errors import ConfigError
 from sputnik.eval.harness import best_constant, evaluate
+from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Problem, Task, load_task, self_check
@@ -357,6 +358,7 @@ def _guards(action: Action) -> GuardConfig:
 def _identity(config: RLConfig, task: Task, parent: Path) -> dict[str, Any]:
     """Everything the result depends on."""
     settings = {key: value for key, value in to_dict(config).items() if key not in OUTCOME_FREE}
+    settings["precision"] = resolve_precision(config.precision)  # another day's measurement may decide otherwise
     return {**settings, "task_version": task.version, "parent": _digest(parent)}
 
 

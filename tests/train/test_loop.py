@@ -96,13 +96,17 @@ def test_a_finished_run_does_no_step_again(tmp_path: Path) -> None:
     assert again.seen == [] and float(again.weight) == curve(tmp_path)[-1]["weight"]
 
 
-def test_saves_follow_the_clock(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("share", "expected"), [(math.inf, [0, 1, 2, 3, 4, 5]), (1e-9, [0, 5])])
+def test_saves_follow_the_clock_and_yield_to_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, expected: list[int]
+) -> None:
+    monkeypatch.setattr("sputnik.train.loop.SAVE_SHARE", share)
     loop = make_loop(tmp_path, steps=5, save_seconds=0.0)
     saved: list[int] = []
     save = loop.store.save
     loop.store.save = lambda step, *rest: (saved.append(step), save(step, *rest))[1]  # type: ignore[method-assign]
     loop.run(Walk())
-    assert saved == [0, 1, 2, 3, 4, 5]
+    assert saved == expected
 
 
 def test_time_and_money_go_on_after_a_resume(tmp_path: Path) -> None:

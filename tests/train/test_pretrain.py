@@ -249,6 +249,20 @@ def test_other_settings_in_the_same_directory_are_refused(base: Base, tmp_path: 
     run(base, tmp_path / "base", replace(SHORT, save_seconds=1.0, save_steps=3))  # changes nothing about the result
 
 
+def test_auto_precision_that_decides_otherwise_is_refused(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = replace(SHORT, precision="auto")
+    for choice in ("fp32", "bf16"):
+        monkeypatch.setattr("sputnik.train.pretrain.resolve_precision", lambda precision, choice=choice: choice)
+        if choice == "fp32":
+            run(base, tmp_path / "base", auto)
+    with pytest.raises(DataError, match="precision was 'fp32', is 'bf16'"):
+        run(base, tmp_path / "base", auto)
+    monkeypatch.undo()
+    run(base, tmp_path / "base")  # saying fp32 is the same thing
+
+
 def test_another_machine_is_a_warning(base: Base, tmp_path: Path) -> None:
     run(base, tmp_path / "base")
     (state,) = (tmp_path / "base/resume").glob(f"step-*{read_jsonl(tmp_path / 'base/metrics.jsonl')[-1]['step']}")
