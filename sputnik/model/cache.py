@@ -51,10 +51,12 @@ class Cache:
         """A new cache of the given rows, in that order: drops finished sequences, or repeats a prompt for its group."""
         return Cache([layer.index_select(0, rows) for layer in self.rows], self.lengths[rows], self.used)
 
-    def plan(self, tokens: int) -> Append:
-        """Slots and mask for `tokens` more tokens per row."""
+    def plan(self, tokens: int) -> Append | None:
+        """Slots and mask for `tokens` more tokens per row; None when the cache is empty and `fill` will do."""
         if self.used + tokens > self.capacity:
             raise ValueError(f"cache of {self.capacity} slots is full: {self.used} used, {tokens} more asked")
+        if self.used == 0:
+            return None
         device = self.lengths.device
         positions = self.lengths[:, None] + torch.arange(tokens, device=device)
         starts = torch.arange(len(self.lengths), device=device) * self.capacity

@@ -144,6 +144,7 @@ class ModelConfig:
             values |= _read_deepseek(config)
         else:
             values |= dict.fromkeys(("kv_lora_rank", "q_lora_rank", "n_routed_experts"))
+            values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         if model_type == "qwen2":
             values["attention_bias"] = False
         return from_dict(cls, values, "config.json")

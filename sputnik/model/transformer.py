@@ -124,9 +124,9 @@ class Transformer(nn.Module):
 
     def _pass(self, tokens: int, device: torch.device, cache: Cache | None) -> Pass:
         dtype = compute_dtype(cast(DecoderLayer, self.model.layers[0]).self_attn.o_proj.weight)
-        if cache is None or cache.used == 0:
+        plan = None if cache is None else cache.plan(tokens)
+        if plan is None:
             return Pass(self.rope.table(tokens, device)[None], dtype, cache)
-        plan = cache.plan(tokens)
         return Pass(self.rope.table(plan.visible, device)[plan.positions], dtype, cache, plan)
 
     def gates(self) -> dict[int, Gate]:
