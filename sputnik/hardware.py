@@ -156,7 +156,7 @@ def measure_cpu(refresh: bool = False) -> CpuSpeed:
 
 @lru_cache
 def resolve_precision(precision: str) -> str:
-    """"auto" -> "bf16" or "fp32", whichever multiplies matrices faster on this CPU; the others stay as they are."""
+    """ "auto" -> "bf16" or "fp32", whichever multiplies matrices faster on this CPU; the others stay as they are."""
     if precision not in ("auto", "bf16", "fp32"):
         raise ConfigError(f'precision must be "auto", "bf16" or "fp32", not {precision!r}')
     if precision != "auto":

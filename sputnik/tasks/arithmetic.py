@@ -1,9 +1,8 @@
 """Chains of + and - (and *) over small integers: our own family, cheap on tokens, hard enough that thinking pays.
 
-"What is 7+5-3?" has the gold answer "9". The demonstrations are of mixed quality, as the web is: blunt guesses,
-hasty working full of slips, careful working, and careful working that is checked and mended. A base model that imitates
-the mix scores low at temperature 1, and reinforcement learning can raise it by preferring the careful styles it has
-already seen. There are no spaces ("7+5=12"): fewer tokens, and a term in the working is the very tokens of the question.
+"What is 7+5-3?" has the gold answer "9". The demonstrations are of mixed quality, as the web is: blunt guesses, hasty
+working full of slips, careful working, and careful working that is checked and mended. A base model that imitates the
+mix scores low, and reinforcement learning can raise it by preferring the careful styles it has already seen. There are no spaces ("7+5=12"): fewer tokens, and a term in the working is the very tokens of the question.
 
 Left out: division and brackets (see countdown), and answers in words.
 """
@@ -33,8 +32,8 @@ class Arithmetic(Task):
     """`terms` is the shortest and longest chain, `largest` the largest number in it, `operators` the signs drawn from.
 
     `non_negative` keeps every intermediate result at zero or more. `style_weights` mixes the demonstrations; `slip` is
-    the chance of a slip in a step of the sloppy style, `careful_slip` of the steps and checked styles, `miss` the chance
-    that a check overlooks it.
+    the chance of a slip in a step of the sloppy style, `careful_slip` that of the steps and checked styles, `miss` that
+    of a check overlooking it.
     """
 
     terms: tuple[int, int] = (3, 6)

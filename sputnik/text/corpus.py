@@ -188,8 +188,8 @@ class PackedCorpus:
         return rows
 
     def _shuffle(self, epoch: int) -> None:
-        """Order of documents, and then of the rows cut from them, in an epoch: neighbouring rows share a document, and a
-        batch of them would know little of the rest. From raw generator bits, which never change between numpy versions."""
+        """Order of documents, and then of the rows cut from them, in an epoch: neighbouring rows share a document, and
+        a batch of them would be about little else. From raw generator bits, which no numpy version changes."""
         if epoch != self._epoch:
             bits = np.random.PCG64([self.seed, epoch])
             self._order = np.argsort(bits.random_raw(self.info.documents), kind="stable")

@@ -32,9 +32,7 @@ class Scripted:
         self.script: Callable[[Problem, int], tuple[str | None, str, Finish]] = lambda p, _: ("So.", p.gold, "stop")
         self.seeds: list[int] = []
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1
-    ) -> list[list[Generation]]:
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Generation]]:
         self.seeds.append(params.seed)
         return [[self._one(tuple(prompt), sample) for sample in range(n)] for prompt in prompts]
 

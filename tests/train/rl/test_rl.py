@@ -95,13 +95,27 @@ def test_ten_kills_at_random_moments_change_nothing(policy, tmp_path: Path) -> N
     require_equal(tmp_path / "unbroken", tmp_path / "killed")
 
 
+FOUR = """
+from dataclasses import replace
+from sputnik.tasks.arithmetic import Arithmetic
+
+class Four(Arithmetic):
+    name = "four"
+
+    def generate(self, rng):
+        return replace(super().generate(rng), gold="4")
+"""
+"""Pays for the answer 4 to every question: what a policy that half knows sums can learn in a few steps."""
+
+
 def test_reinforcement_raises_the_accuracy_and_tells_its_story(policy, tmp_path: Path) -> None:
-    changes = {"steps": 25, "prompts_per_step": 8, "samples_per_prompt": 8, "optimizer_steps": 1, "eval_every": 25}
-    settings = {**SMALL, **changes, "lr": 1e-3}
+    (tmp_path / "four.py").write_text(FOUR)
+    changes = {"steps": 20, "prompts_per_step": 8, "samples_per_prompt": 8, "optimizer_steps": 1, "eval_every": 20}
+    settings = {**SMALL, **changes, "lr": 1e-3, "task": str(tmp_path / "four.py")}
     train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
     lines = read_jsonl(tmp_path / "rl" / "metrics.jsonl")
     accuracy = [line["accuracy_reward"] for line in lines]
-    assert sum(accuracy[-5:]) / 5 > sum(accuracy[:5]) / 5 + 0.15
+    assert sum(accuracy[-5:]) / 5 > sum(accuracy[:5]) / 5 + 0.4
     assert all(line["ratio_first"] == 0.0 for line in lines)
     assert all(line["mismatch_p99"] < 1e-3 for line in lines), "sampler and trainer must mean the same policy in fp32"
     assert all(sum(line["verdicts"].values()) == 64 for line in lines)
