@@ -41,7 +41,7 @@ class Arithmetic(Task):
     operators: str = "+-"
     non_negative: bool = False
     style_weights: Mapping[Style, float] = field(
-        default_factory=lambda: {"guess": 0.5, "sloppy": 0.15, "steps": 0.15, "checked": 0.2}
+        default_factory=lambda: {"guess": 0.55, "sloppy": 0.15, "steps": 0.13, "checked": 0.17}
     )
     slip: float = 0.3
     careful_slip: float = 0.05
