@@ -2,7 +2,8 @@
 
 "What is 7+5-3?" has the gold answer "9". The demonstrations are of mixed quality, as the web is: blunt guesses, hasty
 working full of slips, careful working, and careful working that is checked and mended. A base model that imitates the
-mix scores low, and reinforcement learning can raise it by preferring the careful styles it has already seen. There are no spaces ("7+5=12"): fewer tokens, and a term in the working is the very tokens of the question.
+mix scores low, and reinforcement learning can raise it by preferring the careful styles it has already seen. There are
+no spaces ("7+5=12"): fewer tokens, and a term in the working is the very tokens of the question.
 
 Left out: division and brackets (see countdown), and answers in words.
 """
