@@ -55,11 +55,17 @@ class Generation:
     finish: Finish
 
 
-def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[object]:
-    """The numeric mode both sampler and trainer run in: "bf16" autocast, or plain "fp32"."""
+def compute_type(precision: str) -> torch.dtype:
+    """The type in which matrices are multiplied, by sampler and trainer alike, under "bf16" or "fp32"."""
     if precision not in ("bf16", "fp32"):
         raise ConfigError(f'precision must be "bf16" or "fp32", not {precision!r}')
-    return torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext()
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def autocast(precision: str, device: str = "cpu") -> AbstractContextManager[object]:
+    """The trainer's form of `precision`: bf16 autocast, or nothing."""
+    dtype = compute_type(precision)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
 
 class Sampler:
@@ -68,7 +74,7 @@ class Sampler:
     def __init__(self, model: Transformer, eos_id: int, precision: str = "auto") -> None:
         self.model = model
         self.eos_id = eos_id
-        self.precision = resolve_precision(precision)
+        self.dtype = compute_type(resolve_precision(precision))
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, n: int = 1) -> list[list[Generation]]:
@@ -76,15 +82,15 @@ class Sampler:
         if not prompts:
             return []
         self._check(prompts, params)
-        with autocast(self.precision):
-            cache, logits = self._prefill(prompts, params)
-            rows = torch.arange(len(prompts)).repeat_interleave(n)
-            batch = _Batch(len(rows), params, self.eos_id)
-            cache, logits = cache.select(rows), logits[rows]
-            while batch.advance(logits):
-                if batch.crowded_out():
-                    cache = cache.select(batch.compact())
-                logits = self.model(batch.last[:, None], cache=cache)[:, -1]
+        model = self._frozen()
+        cache, logits = _prefill(model, prompts, params, self.dtype)
+        rows = torch.arange(len(prompts)).repeat_interleave(n)
+        batch = _Batch(len(rows), params, self.eos_id)
+        cache, logits = cache.select(rows), logits[rows]
+        while batch.advance(logits):
+            if batch.crowded_out():
+                cache = cache.select(batch.compact())
+            logits = model(batch.last[:, None], cache=cache)[:, -1]
         done = batch.collect()
         return [[Generation(tuple(prompt), *done[i * n + j]) for j in range(n)] for i, prompt in enumerate(prompts)]
 
@@ -92,14 +98,17 @@ class Sampler:
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Token ids of one answer as they are drawn, the stop token included."""
         self._check([prompt], params)
-        with autocast(self.precision):
-            cache, logits = self._prefill([prompt], params)
+        model = self._frozen()
+        cache, logits = _prefill(model, [prompt], params, self.dtype)
         batch = _Batch(1, params, self.eos_id)
         while batch.advance(logits):
             yield int(batch.last)
-            with autocast(self.precision):
-                logits = self.model(batch.last[:, None], cache=cache)[:, -1]
+            logits = model(batch.last[:, None], cache=cache)[:, -1]
         yield batch.collect()[0][0][-1]
+
+    def _frozen(self) -> Transformer:
+        """The model as it is now, its matrices in the type of `precision`: autocast's numbers without its casts."""
+        return self.model if self.dtype == torch.float32 else self.model.lowered(self.dtype)
 
     def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         longest, limit = max(map(len, prompts)), self.model.config.max_position_embeddings
@@ -111,16 +120,18 @@ class Sampler:
                 "shorten the prompt or lower max_tokens"
             )
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[Cache, Tensor]:
-        """Run all prompts, right-padded, and return the cache and the logits (B, V) after each one's last token."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        cache = Cache.empty(self.model.config, len(prompts), ids.shape[1] + params.max_tokens, dtype)
-        trunk = self.model.trunk(ids, cache=cache, lengths=lengths)
-        return cache, self.model.head(trunk.hidden[torch.arange(len(prompts)), lengths - 1])
+
+def _prefill(
+    model: Transformer, prompts: Sequence[Sequence[int]], params: SamplingParams, dtype: torch.dtype
+) -> tuple[Cache, Tensor]:
+    """Run all prompts, right-padded, and return the cache and the logits (B, V) after each one's last token."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    cache = Cache.empty(model.config, len(prompts), ids.shape[1] + params.max_tokens, dtype)
+    trunk = model.trunk(ids, cache=cache, lengths=lengths)
+    return cache, model.head(trunk.hidden[torch.arange(len(prompts)), lengths - 1])
 
 
 class _Batch:
@@ -134,46 +145,52 @@ class _Batch:
         self.running = torch.arange(rows)
         """Original row number of each row in the batch."""
         self.alive = torch.ones(rows, dtype=torch.bool)
-        self.tokens = torch.zeros(rows, params.max_tokens, dtype=torch.long)
-        self.logprobs = torch.zeros(rows, params.max_tokens)
         self.lengths = torch.zeros(rows, dtype=torch.long)
-        self.stopped = torch.zeros(rows, dtype=torch.bool)
+        self.drawn: list[tuple[Tensor, Tensor]] = []
+        """Tokens and log-probabilities (rows, 1) of each step; of all steps before the batch last shrank, in one."""
         self.step = 0
+        self.done: dict[int, tuple[list[int], list[float], Finish]] = {}
 
     def advance(self, logits: Tensor) -> bool:
         """Draw one token for each row from `logits` (rows, V); False when nothing is left to draw."""
         self.last, logprobs = draw(logits, self.params, self.noise)
-        live = self.running[self.alive]
-        self.tokens[live, self.step] = self.last[self.alive]
-        self.logprobs[live, self.step] = logprobs[self.alive]
-        self.lengths[live] += 1
-        ended = self.alive & torch.isin(self.last, self.stops)
-        self.stopped[self.running[ended]] = True
-        self.alive &= ~ended
+        self.drawn.append((self.last[:, None], logprobs[:, None]))
         self.step += 1
-        return self.step < self.params.max_tokens and bool(self.alive.any())
+        self.lengths += self.alive
+        self.alive &= (self.last[:, None] != self.stops).all(dim=1)
+        self.left = int(self.alive.sum())
+        return self.left > 0 and self.step < self.params.max_tokens
 
     def crowded_out(self) -> bool:
-        return float(self.alive.float().mean()) < COMPACT_BELOW
+        return self.left < COMPACT_BELOW * len(self.running)
 
     def compact(self) -> Tensor:
         """Drop finished rows; returns the rows to keep, for the cache."""
         keep = self.alive.nonzero().flatten()
-        self.running, self.last, self.alive = self.running[keep], self.last[keep], self.alive[keep]
+        tokens, logprobs = self._store((~self.alive).nonzero().flatten())
+        self.drawn = [(tokens[keep], logprobs[keep])]
+        self.running, self.last = self.running[keep], self.last[keep]
+        self.alive, self.lengths = self.alive[keep], self.lengths[keep]
         return keep
 
     def collect(self) -> list[tuple[list[int], list[float], Finish]]:
-        return [
-            (self.tokens[row, :length].tolist(), self.logprobs[row, :length].tolist(), "stop" if stopped else "length")
-            for row, (length, stopped) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True))
-        ]
+        self._store(torch.arange(len(self.running)))
+        return [self.done[row] for row in range(len(self.done))]
+
+    def _store(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the answers of these rows of the batch; returns what all rows have drawn."""
+        tokens, logprobs = (torch.cat(blocks, dim=1) for blocks in zip(*self.drawn, strict=True))
+        state = (values[rows].tolist() for values in (self.running, self.lengths, self.alive, tokens, logprobs))
+        for row, length, alive, ids, scores in zip(*state, strict=True):
+            self.done[row] = ids[:length], scores[:length], "length" if alive else "stop"
+        return tokens, logprobs
 
 
 def draw(logits: Tensor, params: SamplingParams, noise: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sample (rows,) token ids from (rows, V) logits and return them with their log-probabilities.
 
     The log-probability is that of the whole distribution at `temperature` (1 when greedy), before top-p: it is what
-    the trainer recomputes. Sampling is argmax of p / Exponential(1), the Gumbel trick without the logarithms.
+    the trainer recomputes. A row costs one uniform number: the token is where the running sum of probabilities passes it.
     """
     scores = logits.float()
     if params.temperature not in (0.0, 1.0):
@@ -183,8 +200,9 @@ def draw(logits: Tensor, params: SamplingParams, noise: torch.Generator) -> tupl
         chosen = logprobs.argmax(dim=-1)
     else:
         weights = logprobs.exp() if params.top_p == 1 else nucleus(logprobs.exp(), params.top_p)
-        race = torch.empty_like(weights).exponential_(generator=noise)
-        chosen = (weights / race).argmax(dim=-1)
+        reached = weights.cumsum(dim=-1)
+        point = torch.rand(len(weights), 1, generator=noise) * reached[:, -1:]  # always below the last sum
+        chosen = torch.searchsorted(reached, point, right=True).squeeze(-1)
     return chosen, logprobs.gather(-1, chosen[:, None]).squeeze(-1)
 
 
