@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README, FACTS = ROOT / "README.md", ROOT / "docs" / "quickstart.json"
-QUESTIONS = ("What is 7 + 5 - 3?", "What is 4 - 9 + 8 - 2 + 6?")
+QUESTIONS = ("What is 7+5-3?", "What is 4+9-8+2+6?")
 
 
 def converse(run: str) -> list[dict[str, Any]]:
