@@ -190,7 +190,7 @@ def draw(logits: Tensor, params: SamplingParams, noise: torch.Generator) -> tupl
     """Sample (rows,) token ids from (rows, V) logits and return them with their log-probabilities.
 
     The log-probability is that of the whole distribution at `temperature` (1 when greedy), before top-p: it is what
-    the trainer recomputes. A row costs one uniform number: the token is where the running sum of probabilities passes it.
+    the trainer recomputes. A row costs one uniform number: the token is where the sum of probabilities reaches it.
     """
     scores = logits.float()
     if params.temperature not in (0.0, 1.0):
@@ -201,8 +201,9 @@ def draw(logits: Tensor, params: SamplingParams, noise: torch.Generator) -> tupl
     else:
         weights = logprobs.exp() if params.top_p == 1 else nucleus(logprobs.exp(), params.top_p)
         reached = weights.cumsum(dim=-1)
-        point = torch.rand(len(weights), 1, generator=noise) * reached[:, -1:]  # always below the last sum
-        chosen = torch.searchsorted(reached, point, right=True).squeeze(-1)
+        # In (0, total], so the first sum to reach it is one that a token of weight above 0 has just raised.
+        point = (1 - torch.rand(len(weights), 1, generator=noise)) * reached[:, -1:]
+        chosen = torch.searchsorted(reached, point).squeeze(-1)
     return chosen, logprobs.gather(-1, chosen[:, None]).squeeze(-1)
 
 

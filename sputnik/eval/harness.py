@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from sputnik.engine.sampler import Generation, SamplingParams
 from sputnik.errors import ConfigError, TaskError
 from sputnik.eval.stats import Interval, cons_at_k, pass_at_1, pass_at_k
-from sputnik.tasks.base import BestConstant, Judgement, Problem, Task, Verdict
+from sputnik.tasks.base import BestConstant, Judgement, Problem, Task, Verdict, best_constant
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import Completion, Prompt, parse, render, template_hash
 from sputnik.text.tokenizer import Tokenizer
@@ -166,7 +166,7 @@ def evaluate(
         answers,
         {**asdict(params), "k": k},
         template,
-        baseline or best_constant(pool, problems),
+        baseline or best_constant(problems, pool.verify),
         time.perf_counter() - started,
         generating,
     )
@@ -211,15 +211,6 @@ def _chunks(
     for start in range(0, len(problems), size):
         seed = random.Random(f"{params.seed}/{start}").getrandbits(63)
         yield problems[start : start + size], replace(params, seed=seed)
-
-
-def best_constant(pool: VerifierPool, problems: Sequence[Problem]) -> BestConstant:
-    """The best single answer among the commonest gold ones, and its share correct on these very problems."""
-    common = [gold for gold, _ in Counter(problem.gold for problem in problems).most_common(8)]
-    judgements = iter(pool.verify([(problem, gold) for gold in common for problem in problems]))
-    hits = {gold: sum(next(judgements).verdict is Verdict.CORRECT for _ in problems) for gold in common}
-    best = max(common, key=lambda gold: hits[gold])
-    return BestConstant(best, hits[best] / len(problems))
 
 
 def _result(

@@ -42,7 +42,7 @@ class Arithmetic(Task):
     operators: str = "+-"
     non_negative: bool = False
     style_weights: Mapping[Style, float] = field(
-        default_factory=lambda: {"guess": 0.55, "sloppy": 0.15, "steps": 0.13, "checked": 0.17}
+        default_factory=lambda: {"guess": 0.45, "sloppy": 0.15, "steps": 0.2, "checked": 0.2}
     )
     slip: float = 0.3
     careful_slip: float = 0.05

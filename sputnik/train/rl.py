@@ -29,11 +29,11 @@ from sputnik.config import to_dict
 from sputnik.cost import Meter, decode_flops_per_token, forward_flops_per_token, training_flops_per_token
 from sputnik.engine.sampler import Sampler, SamplingParams
 from sputnik.errors import ConfigError
-from sputnik.eval.harness import best_constant, evaluate
+from sputnik.eval.harness import evaluate
 from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.transformer import Transformer
-from sputnik.tasks.base import Problem, Task, load_task, self_check
+from sputnik.tasks.base import Problem, Task, best_constant, load_task, self_check
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.guards import Action, Guard, GuardConfig, first_non_finite
@@ -120,7 +120,7 @@ class Reinforcement:
         self.worker = RolloutWorker(self.sampler, tok, task, pool, config.template, self.objective)
         self.learner = Learner(model, self.optimizer, self.objective, config.temperature, config.precision)
         self.validation = task.problems("validation", config.eval_questions, config.seed)
-        self.baseline = best_constant(pool, self.validation)
+        self.baseline = best_constant(self.validation, pool.verify)
         self._last: list[MicroBatch] = []
 
     # --- what the loop calls ---

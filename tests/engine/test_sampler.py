@@ -151,3 +151,12 @@ def test_what_cannot_be_sampled_is_refused_with_the_numbers(model: Transformer) 
     with pytest.raises(ConfigError, match="precision must be"):
         Sampler(model, EOS, "fp16").generate(PROMPTS, SamplingParams(max_tokens=1))
     assert sampler.generate([], SamplingParams()) == []
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_rarest_draws_give_a_token_of_the_nucleus(uniform: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, uniform))
+    logits = torch.randn(200, 281, generator=torch.Generator().manual_seed(0)) * 3
+    chosen, logprobs = draw(logits, SamplingParams(top_p=0.9), torch.Generator())
+    kept = nucleus(logits.softmax(-1), 0.9)
+    assert (kept.gather(1, chosen[:, None]) > 0).all() and torch.isfinite(logprobs).all()

@@ -10,7 +10,7 @@ import torch
 
 from sputnik.engine.sampler import Finish, Generation, Sampler, SamplingParams
 from sputnik.errors import ConfigError, TaskError
-from sputnik.eval.harness import EvalResult, best_constant, evaluate
+from sputnik.eval.harness import EvalResult, evaluate
 from sputnik.model.config import ModelConfig
 from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Problem, Task, Verdict, load_task
@@ -176,13 +176,6 @@ def test_impossible_settings_are_refused(setting: tuple) -> None:
     for k, params, problems in ((0, WARM, setting[4]), (1, WARM, []), (2, replace(WARM, temperature=0.0), setting[4])):
         with pytest.raises(ConfigError):
             evaluate(*setting[:4], problems, k=k, params=params)
-
-
-def test_best_constant_is_the_commonest_gold_answer(trouble: Task, pool: VerifierPool) -> None:
-    problems = trouble.problems("test", 6)
-    problems = [*problems[:3], *(replace(problem, gold="7") for problem in problems[3:])]
-    constant = best_constant(pool, problems)
-    assert (constant.answer, constant.accuracy) == ("7", 0.5)
 
 
 def test_result_is_json_and_leaves_samples_out_unless_asked(setting: tuple) -> None:
