@@ -1,6 +1,7 @@
 """What holds for every test: the default ones have no network, and no library asks a hub for anything."""
 
 import os
+import signal
 import socket
 from typing import Any
 
@@ -8,6 +9,13 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+def pytest_configure() -> None:
+    """A shell without job control starts background commands with SIGINT ignored, and every child would inherit that:
+    the tests that press Ctrl-C would wait for ever."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
