@@ -128,7 +128,7 @@ def test_pipe_gives_one_answer_per_line(checkpoint: Path) -> None:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=240,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
@@ -139,7 +139,7 @@ def test_pipe_gives_one_answer_per_line(checkpoint: Path) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_program(checkpoint: Path, fold: str) -> None:
     args = ["-m", "sputnik", "chat", str(checkpoint), "--max-tokens", "900", "--temperature", "2", fold]
     terminal = pexpect.spawn(
-        sys.executable, args, env=ENVIRONMENT, timeout=240, encoding="utf-8", codec_errors="replace"
+        sys.executable, args, env=ENVIRONMENT, timeout=120, encoding="utf-8", codec_errors="replace"
     )  # type: ignore[arg-type]
     terminal.expect("> ")
     for _ in range(2):
@@ -159,7 +159,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(checkpoint: Path, fold: str
 
 
 def test_ctrl_d_leaves(checkpoint: Path) -> None:
-    terminal = pexpect.spawn(sys.executable, ["-m", "sputnik", "chat", str(checkpoint)], env=ENVIRONMENT, timeout=240)  # type: ignore[arg-type]
+    terminal = pexpect.spawn(sys.executable, ["-m", "sputnik", "chat", str(checkpoint)], env=ENVIRONMENT, timeout=120)  # type: ignore[arg-type]
     terminal.expect("> ")
     terminal.sendeof()
     terminal.expect(pexpect.EOF)
