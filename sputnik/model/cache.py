@@ -49,7 +49,9 @@ class Cache:
 
     def select(self, rows: Tensor) -> "Cache":
         """A new cache of the given rows, in that order: drops finished sequences, or repeats a prompt for its group."""
-        return Cache([layer.index_select(0, rows) for layer in self.rows], self.lengths[rows], self.used)
+        lengths = self.lengths[rows]
+        used = int(lengths.max()) if len(rows) else 0
+        return Cache([layer.index_select(0, rows) for layer in self.rows], lengths, used)
 
     def plan(self, tokens: int) -> Append | None:
         """Slots and mask for `tokens` more tokens per row; None when the cache is empty and `fill` will do."""

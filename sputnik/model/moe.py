@@ -21,9 +21,16 @@ class Route:
     """What one expert layer did in one pass."""
 
     layer: int
+    experts: int
     chosen: Tensor  # (N, K) expert of each token, no order
-    load: Tensor  # (E,) tokens per expert, without masked tokens
+    valid: Tensor | None  # (N,) bool: tokens that count; None: all
     balance_loss: Tensor | None  # scalar, sum_i f_i P_i (report 2.1.2, without alpha), mean of sequences; training only
+
+    @property
+    def load(self) -> Tensor:
+        """(E,) fp32: tokens per expert."""
+        chosen = self.chosen if self.valid is None else self.chosen[self.valid]
+        return torch.bincount(chosen.flatten(), minlength=self.experts).float()
 
 
 class MLP(nn.Module):
@@ -116,7 +123,7 @@ class _GroupedExperts(torch.autograd.Function):
         experts = torch.arange(gate_up.shape[0], device=x.device)
         ends = torch.searchsorted(ranked, experts, right=True, out_int32=True)
         token = order // chosen.shape[1]
-        slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device)).view_as(chosen)
+        slot = order.argsort().view_as(chosen)
         inner = F.grouped_mm(x.index_select(0, token), gate_up.transpose(1, 2), offs=ends)
         gate, up = inner.chunk(2, dim=-1)
         act = F.silu(gate).mul_(up)
@@ -163,23 +170,21 @@ class MoE(nn.Module):
         x = x_btd.to(compute_dtype(self.experts.down_proj))
         routed = self.experts(x.flatten(0, 1), weights, chosen).view_as(x)
         out = routed if self.shared_experts is None else self.shared_experts(x) + routed
-        return out, self._route(scores, chosen, x.shape[0], token_mask)
+        valid = None if token_mask is None else token_mask.flatten()
+        loss = self._balance_loss(scores, chosen, x.shape[0], valid) if self.training else None
+        return out, Route(self.layer, scores.shape[1], chosen, valid, loss)
 
-    def _route(self, scores: Tensor, chosen: Tensor, batch: int, token_mask: Tensor | None) -> Route:
+    def _balance_loss(self, scores: Tensor, chosen: Tensor, batch: int, valid: Tensor | None) -> Tensor:
         experts, picks = scores.shape[1], chosen.shape[1]
-        tokens = scores.shape[0] // batch
-        valid_bt = scores.new_ones(batch, tokens) if token_mask is None else token_mask.to(scores.dtype)
+        valid_bt = (scores.new_ones(len(scores)) if valid is None else valid.to(scores.dtype)).view(batch, -1)
+        length_b1 = valid_bt.sum(dim=1, keepdim=True).clamp(min=1)
         count_be = scores.new_zeros(batch, experts).scatter_add_(
             1, chosen.view(batch, -1), valid_bt.repeat_interleave(picks, dim=1)
         )
-        loss = None
-        if self.training:
-            length_b1 = valid_bt.sum(dim=1, keepdim=True).clamp(min=1)
-            share_be = count_be * experts / (picks * length_b1)
-            p_bte = (scores / scores.sum(dim=-1, keepdim=True)).view(batch, tokens, experts)
-            p_be = torch.einsum("bte,bt->be", p_bte, valid_bt) / length_b1
-            loss = (share_be * p_be).sum(dim=-1).mean()
-        return Route(self.layer, chosen, count_be.sum(dim=0), loss)
+        f_be = count_be * experts / (picks * length_b1)
+        p_bte = (scores / scores.sum(dim=-1, keepdim=True)).view(batch, -1, experts)
+        p_be = (p_bte * valid_bt[:, :, None]).sum(dim=1) / length_b1
+        return (f_be * p_be).sum(dim=-1).mean()
 
 
 @torch.no_grad()

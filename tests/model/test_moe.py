@@ -190,6 +190,8 @@ def test_balance_loss_and_load_equal_the_formula() -> None:
         losses.append(total)
     assert route.load.tolist() == load and route.balance_loss is not None
     torch.testing.assert_close(route.balance_loss, torch.stack(losses).mean())
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(moe(x, valid)[1].balance_loss, route.balance_loss)
     assert moe.eval()(x, valid)[1].balance_loss is None
 
 
