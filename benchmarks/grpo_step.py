@@ -1,0 +1,244 @@
+"""One GRPO step, ours and TRL's: rollout, rewards, loss, backward pass and optimiser step, in generated tokens a second.
+
+    python -m benchmarks.grpo_step [--dtype bf16|fp32] [--rounds 8] [--threads 2] [--json]
+
+Both train the same random Llama (hidden 256, 6 layers, byte-level vocabulary) from the same weights on the same prompts:
+8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds alternate inside one process, so what else the
+machine does hits both; `ratio` is the median of the paired ratios. End-of-sequence is not a stop on our side and has no
+probability on theirs, so all 64 tokens are always drawn. Both reward the share of digits in the answer. Before anything is
+timed the two models must give the same logits. Left out: verifying (an answer that never ends is not sent to a verifier).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sputnik.engine.sampler import Sampler, SamplingParams
+from sputnik.model.checkpoint import load_model
+from sputnik.tasks.base import Problem, load_task
+from sputnik.tasks.verify import VerifierPool
+from sputnik.text.chat import render
+from sputnik.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from sputnik.train.learner import Learner, pack
+from sputnik.train.losses import Objective
+from sputnik.train.optim import adamw
+from sputnik.train.rollout import RolloutWorker, Sample, with_advantages
+
+PROMPTS, GROUP, NEW, GOAL, LR = 8, 8, 64, 2.5, 1e-4
+DIGITS = frozenset("0123456789")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One step of one side, in seconds; `cpu` adds up all threads."""
+
+    wall: float
+    generate: float
+    cpu: float
+
+
+def digit_share(text: str) -> float:
+    return sum(character in DIGITS for character in text) / max(1, len(text))
+
+
+def problems(round_: int) -> list[Problem]:
+    numbers = range(round_ * PROMPTS, (round_ + 1) * PROMPTS)
+    return [Problem(prompt=f"{n % 97:02d}+{n * 7 % 89:02d}=", gold=str(n % 97 + n * 7 % 89)) for n in numbers]
+
+
+def make_checkpoint(out: Path) -> Tokenizer:
+    """A random Llama in the Hugging Face layout, and a byte-level tokenizer that both sides read."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tok = Tokenizer.train([], SMALLEST_VOCABULARY)
+    tok.save(out)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tok.vocab_size, hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tok.bos_id,
+        eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(out)
+    return tok
+
+
+def check_logits(checkpoint: Path) -> float:
+    """Largest difference between the two models' fp32 logits; raises if they are not the same function."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)(ids).logits
+        difference = float((load_model(checkpoint)(ids) - theirs).abs().max())
+    if not difference < 1e-4:
+        raise SystemExit(f"the two models differ by {difference:.2e} in their logits: nothing to compare")
+    return difference
+
+
+class Ours:
+    """The classes of the RL stage, put together as train/rl.py does for one update per rollout."""
+
+    def __init__(self, checkpoint: Path, tok: Tokenizer, pool: VerifierPool, dtype: str) -> None:
+        model = load_model(checkpoint).eval()
+        self.objective = Objective.named("grpo", {"kl_beta": 0.0})
+        sampler = Sampler(model, eos_id=-1, precision=dtype)
+        self.worker = RolloutWorker(sampler, tok, load_task("arithmetic"), pool, "chat", self.objective)
+        self.learner = Learner(model, adamw(model, LR, weight_decay=0.0), self.objective, precision=dtype)
+        self.tok = tok
+
+    def step(self, number: int) -> Round:
+        cpu, start = time.process_time(), time.perf_counter()
+        groups = self.worker.collect(problems(number), GROUP, SamplingParams(max_tokens=NEW, seed=number))
+        samples = [sample for group in groups for sample in with_advantages([self._rewarded(s) for s in group], True)]
+        batches = pack(samples, self.objective, NEW, int(os.environ.get("MB","16384")))
+        for batch in batches:
+            batch.policy = replace(batch.policy, old=self.learner.score(batch, self.learner.model))
+        stats = self.learner.update(batches)
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        if stats.tokens != PROMPTS * GROUP * NEW or stats.ratio_error != 0:
+            raise SystemExit(f"our step is not the one to measure: {stats}")
+        return Round(wall, self.worker.generate_s, cpu)
+
+    def _rewarded(self, sample: Sample) -> Sample:
+        return replace(sample, rewards={"digits": digit_share(self.tok.decode(sample.generation.ids))})
+
+
+def run_theirs(checkpoint: Path, tok: Tokenizer, dtype: str, rounds: int, before: Callable[[int], None]) -> list[Round]:
+    """Train with TRL; `before(n)` is called ahead of its step n and is not counted."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    done: list[Round] = []
+    generated: list[float] = []
+
+    class Trainer(GRPOTrainer):  # type: ignore[misc]
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = super()._generate(*args, **kwargs)
+            generated.append(time.perf_counter() - start)
+            return out
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """From the end of our round to the next begin of a step: with data loading and logging, as ours."""
+
+        def __init__(self) -> None:
+            self.started: tuple[float, float] | None = None
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self._stop()
+            before(len(done))
+            self.started = time.perf_counter(), time.process_time()
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self._stop()
+
+        def _stop(self) -> None:
+            if self.started is not None:
+                wall, cpu = (now - then for now, then in zip(_clocks(), self.started, strict=True))
+                done.append(Round(wall, generated[-1], cpu))
+
+    def reward(completions: Sequence[str], **_: Any) -> list[float]:
+        return [digit_share(text) for text in completions]
+
+    rows = [{"prompt": _prompt_text(tok, problem)} for n in range(64) for problem in problems(n)]
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            output_dir=out, use_cpu=True, bf16=dtype == "bf16", fp16=False, report_to=[], save_strategy="no",
+            logging_steps=1000, disable_tqdm=True, learning_rate=LR, max_steps=rounds, num_generations=GROUP,
+            per_device_train_batch_size=GROUP * PROMPTS, gradient_accumulation_steps=1, max_completion_length=NEW,
+            beta=0.0, temperature=1.0, gradient_checkpointing=False, generation_kwargs={"min_new_tokens": NEW},
+        )  # fmt: skip
+        Trainer(
+            model=AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32), reward_funcs=reward,
+            args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
+            processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
+        ).train()  # fmt: skip
+    return done
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _prompt_text(tok: Tokenizer, problem: Problem) -> str:
+    """The prompt as text that their tokenizer reads back to the very ids we sample from."""
+    prompt = render(tok, [{"role": "user", "content": problem.prompt}])
+    return tok.decode(prompt.ids)
+
+
+def busy_others(since: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
+    """Cores that other processes kept busy since `since`, on average; then wall seconds and busy seconds till now."""
+    fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
+    busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+    times = os.times()
+    others, now = busy - times.user - times.system, time.perf_counter()
+    return (others - since[2]) / (now - since[1]) if since else 0.0, now, others
+
+
+def phases(rounds: Sequence[Round]) -> dict[str, float]:
+    return {
+        "step_s": round(statistics.median(r.wall for r in rounds), 3),
+        "generate_s": round(statistics.median(r.generate for r in rounds), 3),
+        "train_s": round(statistics.median(r.wall - r.generate for r in rounds), 3),
+        "cpu_s": round(statistics.median(r.cpu for r in rounds), 3),
+    }
+
+
+def compare(dtype: str, rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+    """Run both sides, `rounds` timed steps each after one that warms up; returns the JSON line."""
+    import trl
+
+    ours: list[Round] = []
+    with tempfile.TemporaryDirectory() as folder, VerifierPool("arithmetic") as pool:
+        checkpoint = Path(folder)
+        tok = make_checkpoint(checkpoint)
+        difference = check_logits(checkpoint)
+        us = Ours(checkpoint, tok, pool, dtype)
+        noise = busy_others()
+
+        def our_round(number: int) -> None:
+            ours.append(us.step(number))
+            report(f"round {number}: ours {ours[-1].wall:.2f} s, generation {ours[-1].generate:.2f} s")
+
+        theirs = run_theirs(checkpoint, tok, dtype, rounds + 1, our_round)
+    ours, theirs = ours[1:], theirs[1:]
+    tokens = PROMPTS * GROUP * NEW
+    ratios = sorted(their.wall / our.wall for our, their in zip(ours, theirs, strict=True))
+    mine, peer = phases(ours), phases(theirs)
+    return {
+        "case": "grpo_step", "peer": f"trl {trl.__version__}", "dtype": dtype,
+        "ours": round(tokens / mine["step_s"], 1), "theirs": round(tokens / peer["step_s"], 1),
+        "ratio": round(statistics.median(ratios), 2), "goal": GOAL, "unit": "tok/s",
+        "ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
+        "cpu_ratio": round(peer["cpu_s"] / mine["cpu_s"], 2),
+        "ours_phases": mine, "theirs_phases": peer, "rounds": rounds, "threads": torch.get_num_threads(),
+        "logit_difference": difference, "other_cores": round(busy_others(noise)[0], 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON line, no progress on stderr")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    quiet = args.json
+    line = compare(args.dtype, args.rounds, lambda text: None if quiet else print(text, file=sys.stderr))
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
