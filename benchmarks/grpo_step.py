@@ -1,12 +1,13 @@
-"""One GRPO step, ours and TRL's: rollout, rewards, loss, backward pass and optimiser step, in generated tokens a second.
+"""One GRPO step, ours and TRL's: rollout, rewards, loss, backward pass and optimiser, in generated tokens a second.
 
     python -m benchmarks.grpo_step [--dtype bf16|fp32] [--rounds 8] [--threads 2] [--json]
 
-Both train the same random Llama (hidden 256, 6 layers, byte-level vocabulary) from the same weights on the same prompts:
-8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds alternate inside one process, so what else the
-machine does hits both; `ratio` is the median of the paired ratios. End-of-sequence is not a stop on our side and has no
-probability on theirs, so all 64 tokens are always drawn. Both reward the share of digits in the answer. Before anything is
-timed the two models must give the same logits. Left out: verifying (an answer that never ends is not sent to a verifier).
+Both train the same random Llama (hidden 256, 6 layers, byte-level vocabulary) from the same weights on the same
+prompts: 8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds alternate inside one process, so
+what else the machine does hits both; `ratio` is the median of the paired ratios. End-of-sequence is not a stop on our
+side and has no probability on theirs, so all 64 tokens are always drawn. Both reward the share of digits in the
+answer. Before anything is timed the two models must give the same logits. Left out: verifying (an answer that never
+ends is not sent to a verifier).
 """
 
 import argparse
@@ -100,7 +101,7 @@ class Ours:
         cpu, start = time.process_time(), time.perf_counter()
         groups = self.worker.collect(problems(number), GROUP, SamplingParams(max_tokens=NEW, seed=number))
         samples = [sample for group in groups for sample in with_advantages([self._rewarded(s) for s in group], True)]
-        batches = pack(samples, self.objective, NEW, int(os.environ.get("MB","16384")))
+        batches = pack(samples, self.objective, NEW, int(os.environ.get("MB", "16384")))
         for batch in batches:
             batch.policy = replace(batch.policy, old=self.learner.score(batch, self.learner.model))
         stats = self.learner.update(batches)
