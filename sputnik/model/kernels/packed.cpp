@@ -66,10 +66,9 @@ Packed pack(const at::Tensor& weight, Format format) {
     if (out.quantised()) return pack_quantised(out, w, unit, to);
     for (int64_t i = 0; i < UNIT && unit * UNIT + i < out.n; ++i) {
       const float* row = w + (unit * UNIT + i) * k;
-      const int64_t panel = i / LANES * LANES * k, lane = i % LANES;
       for (int64_t j = 0; j < k; ++j) {
-        if (format == Format::f32) reinterpret_cast<float*>(to)[panel + j * LANES + lane] = row[j];
-        else reinterpret_cast<uint16_t*>(to)[panel + j / 2 * 2 * LANES + lane * 2 + j % 2] = to_bf16(row[j]);
+        if (format == Format::f32) reinterpret_cast<float*>(to)[j * UNIT + i] = row[j];
+        else reinterpret_cast<uint16_t*>(to)[(j / 2 * UNIT + i) * 2 + j % 2] = to_bf16(row[j]);
       }
     }
   });
@@ -128,6 +127,15 @@ namespace {
 constexpr int P = UNIT / LANES;
 constexpr int64_t PREFETCH = 4096;  // bytes ahead; panels are too short for the hardware to see the stream
 
+// The two lines that a step reads, ahead of time; with many rows the products take longer than the reading.
+template <int M>
+inline void fetch(const void* at) {
+  if constexpr (M <= 4) {
+    _mm_prefetch(static_cast<const char*>(at) + PREFETCH, _MM_HINT_T0);
+    _mm_prefetch(static_cast<const char*>(at) + PREFETCH + 64, _MM_HINT_T0);
+  }
+}
+
 template <int M>
 inline void store(__m512 (&acc)[M][P], float* y, int64_t ldy, int64_t columns) {
   for (int p = 0; p < P; ++p) {
@@ -141,10 +149,11 @@ inline void store(__m512 (&acc)[M][P], float* y, int64_t ldy, int64_t columns) {
 template <int M>
 void tile_f32(const Rows& rows, int64_t first, const Packed& w, int64_t unit, float* y, int64_t ldy, int64_t columns) {
   const float* x = rows.x + first * rows.ld;
-  const auto *w0 = reinterpret_cast<const float*>(w.unit(unit)), *w1 = w0 + w.k * LANES;
+  const auto* at = reinterpret_cast<const float*>(w.unit(unit));
   __m512 acc[M][P] = {};
-  for (int64_t k = 0; k < w.k; ++k) {
-    const __m512 a = _mm512_loadu_ps(w0 + k * LANES), b = _mm512_loadu_ps(w1 + k * LANES);
+  for (int64_t k = 0; k < w.k; ++k, at += UNIT) {
+    fetch<M>(at);
+    const __m512 a = _mm512_loadu_ps(at), b = _mm512_loadu_ps(at + LANES);
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const __m512 value = _mm512_set1_ps(x[i * rows.ld + k]);
@@ -158,11 +167,12 @@ void tile_f32(const Rows& rows, int64_t first, const Packed& w, int64_t unit, fl
 template <int M>
 void tile_bf16(const Rows& rows, int64_t first, const Packed& w, int64_t unit, float* y, int64_t ldy, int64_t columns) {
   const float* x = rows.x + first * rows.ld;
-  const char *w0 = w.unit(unit), *w1 = w0 + w.k * LANES * 2;
+  const char* at = w.unit(unit);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   __m512 acc[M][P] = {};
-  for (int64_t k = 0; k < w.k; k += 2) {
-    const __m512i a = _mm512_loadu_si512(w0 + k * LANES * 2), b = _mm512_loadu_si512(w1 + k * LANES * 2);
+  for (int64_t k = 0; k < w.k; k += 2, at += 128) {
+    fetch<M>(at);
+    const __m512i a = _mm512_loadu_si512(at), b = _mm512_loadu_si512(at + 64);
     const __m512 a0 = _mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), b0 = _mm512_castsi512_ps(_mm512_slli_epi32(b, 16));
     const __m512 a1 = _mm512_castsi512_ps(_mm512_and_si512(a, high)), b1 = _mm512_castsi512_ps(_mm512_and_si512(b, high));
 #pragma GCC unroll 12
@@ -180,10 +190,11 @@ void tile_bf16_dot(const Rows& rows, int64_t first, const Packed& w, int64_t uni
 #ifdef __AVX512BF16__
   const int64_t half = w.k / 2;
   const uint32_t* x = rows.pairs.data() + first * half;
-  const char *w0 = w.unit(unit), *w1 = w0 + w.k * LANES * 2;
+  const char* at = w.unit(unit);
   __m512 acc[M][P] = {};
-  for (int64_t k = 0; k < half; ++k) {
-    const auto a = (__m512bh)_mm512_loadu_si512(w0 + k * 64), b = (__m512bh)_mm512_loadu_si512(w1 + k * 64);
+  for (int64_t k = 0; k < half; ++k, at += 128) {
+    fetch<M>(at);
+    const auto a = (__m512bh)_mm512_loadu_si512(at), b = (__m512bh)_mm512_loadu_si512(at + 64);
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       const auto pair = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[i * half + k]));

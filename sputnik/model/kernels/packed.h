@@ -1,6 +1,6 @@
 // Weight matrices in the layout that products with few rows want, and those products.
 //
-// W is (n, k) and y = x W^T. Rows of W lie in panels of 16, one per lane of a 512-bit register; a panel is stored k-major,
+// W is (n, k) and y = x W^T. Rows of W lie in panels of 16, one per lane of a 512-bit register, stored k-major,
 // so each load brings `step` values of all 16 rows and no lane is ever summed across. The sum over k of one output runs in
 // one fixed order whatever the number of rows of x: a row's result does not depend on the rest of the batch.
 //
@@ -10,7 +10,7 @@
 //   q4    step 4, two quads to a byte, value times the group's fp16 scale plus its fp16 minimum: GGUF's Q4_1, which such a
 //         file's weights survive without a change
 //
-// Quantised panels go in pairs, group by group with their scales behind them: one product reads one stream.
+// Panels go in pairs, step by step (quantised: group by group, the scales behind them): one product reads one stream.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
