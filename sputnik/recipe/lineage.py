@@ -44,6 +44,7 @@ class Record:
     seconds: float = 0.0
     usd: float = 0.0
     result: dict[str, Any] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
 
 
 def environment() -> dict[str, Any]:
@@ -111,7 +112,7 @@ class Lineage:
         """`name` and every recorded stage built on it."""
         found = [name]
         for child, record in self.records.items():
-            if record.parent in found and child not in found:
+            if not {record.parent, *record.inputs}.isdisjoint(found) and child not in found:
                 found += self.descendants(child)
         return [stage for stage in dict.fromkeys(found) if stage in self.records]
 
@@ -142,7 +143,8 @@ class Lineage:
         if record.kind != stage.kind:
             changes.insert(0, f"kind {record.kind} -> {stage.kind}")
         if not changes:
-            changes = [f"parent {record.parent} -> {stage.parent}"]
+            before, after = ([each.parent, *each.inputs] for each in (record, stage))
+            changes = [f"what it stands on, {before} -> {after}, or the settings of that"]
         lost = self.descendants(stage.name)
         also = f" (discards {', '.join(lost)})" if len(lost) > 1 else ""
         return (

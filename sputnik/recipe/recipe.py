@@ -10,16 +10,17 @@
     [[stage]]
     name = "base"
     kind = "pretrain"              # see sputnik/recipe/stages.py
-    parent = "corpus"              # default: the stage above
+    parent = "corpus"              # default: the stage above; "" for none
+    inputs = ["traces"]            # other stages it reads, all above it
     steps = 400                    # everything else is a key of that stage's config
 
-This module reads and checks; nothing here runs. Unknown keys, unknown kinds and parents that do not stand above their
-child are errors that name the place.
+A stage whose kind makes a model may carry a table `model` of its own. This module reads and checks; nothing runs here.
+Unknown keys, unknown kinds and parents that do not stand above their child are errors that name the place.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from sputnik.errors import ConfigError
 from sputnik.model.config import ModelConfig
 
 TOP_KEYS = ["name", "seed", "hardware", "model"]
-STAGE_KEYS = ["name", "kind", "parent"]
+STAGE_KEYS = ["name", "kind", "parent", "inputs", "model"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Kind:
 
     `run(config, context)` returns a few figures for the lineage. A `resumable` one writes into its directory as it goes
     and continues by itself when called again; any other gets a fresh directory that appears only when it is complete.
-    `needs_model` puts the recipe's [model] table into the hash of the stage; `outcome_free` keys stay out of it.
+    `needs_model` puts the [model] table of recipe or stage into the stage's hash; `outcome_free` keys stay out of it.
+    One that `stands_alone` has no parent unless the recipe names one.
     `headline` names the figures that are shown when a stage ends; all of them are in the lineage.
     """
 
@@ -47,6 +49,7 @@ class Kind:
     run: Callable[[Any, Any], Mapping[str, Any]]
     resumable: bool = False
     needs_model: bool = False
+    stands_alone: bool = False
     outcome_free: frozenset[str] = frozenset()
     headline: tuple[str, ...] = ()
 
@@ -61,6 +64,9 @@ class Stage:
     config: Any
     settings: Mapping[str, Any]
     hash: str
+    inputs: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """The shape it is to make, if its kind makes one: the stage's own table or the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,29 @@ class Recipe:
             parent = found[-1].parent
         return found
 
+    def below(self, name: str) -> list[Stage]:
+        """Every stage that `name` stands on, through parents and inputs, in the order of the recipe."""
+        found: set[str] = set()
+        open_ones = [self.stage(name)]
+        while open_ones:
+            stage = open_ones.pop()
+            needed = {*stage.inputs, *([stage.parent] if stage.parent else [])} - found
+            found |= needed
+            open_ones += map(self.stage, needed)
+        return [stage for stage in self.stages if stage.name in found]
+
     def to_toml(self) -> str:
         """The recipe with every default written out; running it again gives the same hashes."""
         top = {"name": self.name, "seed": self.seed, "hardware": self.hardware, "model": dict(self.model)}
-        stages = [
-            {"name": s.name, "kind": s.kind, **({"parent": s.parent} if s.parent else {}), **to_dict(s.config)}
-            for s in self.stages
-        ]
-        return tomli_w.dumps({**top, "stage": stages})
+        return tomli_w.dumps({**top, "stage": [self._table(stage) for stage in self.stages]})
+
+    def _table(self, stage: Stage) -> dict[str, Any]:
+        table: dict[str, Any] = {"name": stage.name, "kind": stage.kind, "parent": stage.parent or ""}
+        if stage.inputs:
+            table["inputs"] = list(stage.inputs)
+        if stage.model and stage.model != self.model:
+            table["model"] = dict(stage.model)
+        return table | to_dict(stage.config)
 
 
 def read_recipe(
@@ -140,9 +161,13 @@ def _stages(
     for name, table in tables.items():
         where = f"{path}: stage {name!r}"
         kind = kind_of(table["kind"])
-        parent = table.get("parent", above)
-        if parent is not None and parent not in hashes:
-            raise ConfigError(f"{where}: parent {parent!r} does not stand above it")
+        parent = table.get("parent", None if kind.stands_alone else above) or None
+        inputs = table.get("inputs", [])
+        if not isinstance(inputs, list):
+            raise ConfigError(f"{where}: inputs must be a list of stage names")
+        for below in [*inputs, *([parent] if parent else [])]:
+            if below not in hashes:
+                raise ConfigError(f"{where}: {below!r} does not stand above it")
         own = {key: value for key, value in table.items() if key not in STAGE_KEYS}
         known = [field.name for field in fields(kind.config)]
         check_keys(own, known, where)
@@ -151,11 +176,17 @@ def _stages(
         config: Any = from_dict(kind.config, own, where)
         settings = {key: value for key, value in to_dict(config).items() if key not in kind.outcome_free}
         settings |= _input_files(settings)
+        shape = table.get("model", model) if kind.needs_model else {}
+        if "model" in table and not (kind.needs_model and isinstance(shape, dict)):
+            raise ConfigError(f"{where}: a stage of kind {table['kind']} makes no model of its own; drop its `model`")
         if kind.needs_model:
-            model_config(model, f"{path}: [model]")
-            settings |= {f"model.{key}": value for key, value in model.items()}
-        hashes[name] = config_hash({"kind": table["kind"], "parent": parent and hashes[parent], "settings": settings})
-        yield Stage(name, table["kind"], parent, config, settings, hashes[name])
+            model_config(shape, f"{path}: [model]" if shape is model else f"{where}: model")
+            settings |= {f"model.{key}": value for key, value in shape.items()}
+        made_of = {"kind": table["kind"], "parent": parent and hashes[parent], "settings": settings}
+        if inputs:
+            made_of["inputs"] = {below: hashes[below] for below in inputs}
+        hashes[name] = config_hash(made_of)
+        yield Stage(name, table["kind"], parent, config, settings, hashes[name], tuple(inputs), shape)
         above = name
 
 

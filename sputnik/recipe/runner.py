@@ -52,6 +52,10 @@ class StageContext:
     run: Path
     recipe: Recipe
     console: Console
+    inputs: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    """Name -> directory of the other stages it was told to read."""
+    model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The [model] table it is to follow."""
 
 
 def run_recipe(
@@ -105,9 +109,9 @@ def _doomed(lineage: Lineage, name: str) -> list[str]:
 
 
 def _require_ancestors(recipe: Recipe, decisions: Mapping[str, Decision], only: str) -> None:
-    for ancestor in recipe.ancestors(only):
-        if decisions[ancestor.name] != "skip":
-            raise ConfigError(f"--only {only}: its parent {ancestor.name!r} is not finished; run that one first")
+    for below in recipe.below(only):
+        if decisions[below.name] != "skip":
+            raise ConfigError(f"--only {only}: it needs {below.name!r}, which is not finished; run that one first")
 
 
 def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, console: Console) -> None:
@@ -120,8 +124,9 @@ def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, conso
         lineage.book(before, _price(lineage.seconds_of_killed_attempt(before), recipe), "killed")
     began, clock = time.time(), time.monotonic()
     running = Record(
-        stage.name, stage.kind, stage.parent, stage.hash, dict(stage.settings), code_version(), "running", began
-    )
+        stage.name, stage.kind, stage.parent, stage.hash, dict(stage.settings), code_version(), "running", began,
+        inputs=list(stage.inputs),
+    )  # fmt: skip
     lineage.set(running)
     try:
         with _workplace(directory, kind.resumable) as workplace:
@@ -153,7 +158,8 @@ def _close(running: Record, lineage: Lineage, attempt: Spent, outcome: Status, r
 def _context(stage: Stage, recipe: Recipe, run: Path, workplace: Path, console: Console) -> StageContext:
     ancestors = {ancestor.kind: run / ancestor.name for ancestor in reversed(recipe.ancestors(stage.name))}
     parent = run / stage.parent if stage.parent else None
-    return StageContext(workplace, parent, ancestors, run, recipe, console)
+    inputs = {name: run / name for name in stage.inputs}
+    return StageContext(workplace, parent, ancestors, run, recipe, console, inputs, stage.model)
 
 
 @contextlib.contextmanager
@@ -218,7 +224,8 @@ def plan_table(recipe: Recipe, decisions: Mapping[str, Decision], todo: set[str]
         table.add_column(column, overflow="fold")
     for stage in recipe.stages:
         decision = decisions[stage.name] if stage.name in todo else "-"
-        table.add_row(stage.name, stage.kind, stage.parent or "", decision, _not_default(stage.config))
+        on = ", ".join([*([stage.parent] if stage.parent else []), *stage.inputs])
+        table.add_row(stage.name, stage.kind, on, decision, _not_default(stage.config))
     return table
 
 

@@ -28,7 +28,7 @@ def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> d
         raise ConfigError("a pretrain stage needs a corpus stage among its ancestors; write parent = NAME")
     tok = Tokenizer.load(corpus / "tokenizer")
     shape = model_config(
-        context.recipe.model,
+        context.model,
         "[model]",
         vocab_size=tok.vocab_size,
         bos_token_id=tok.bos_id,
@@ -50,7 +50,7 @@ def run_rl(config: rl.RLConfig, context: StageContext) -> dict[str, Any]:
 
 
 KINDS = {
-    "corpus": Kind(CorpusConfig, build_corpus, headline=("tokens", "vocab_size", "held_out_tokens")),
+    "corpus": Kind(CorpusConfig, build_corpus, stands_alone=True, headline=("tokens", "vocab_size", "held_out_tokens")),
     "pretrain": Kind(
         pretrain.PretrainConfig,
         run_pretraining,

@@ -204,7 +204,7 @@ def test_a_stage_the_recipe_no_longer_has_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_runs_one_stage_and_needs_its_parents(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="parent 'data' is not finished"):
+    with pytest.raises(ConfigError, match="it needs 'data', which is not finished"):
         run(tmp_path, read(tmp_path), only="base")
     assert not (tmp_path / "runs/two").exists()
     run(tmp_path, read(tmp_path), only="data")
@@ -212,6 +212,65 @@ def test_only_runs_one_stage_and_needs_its_parents(tmp_path: Path) -> None:
     assert list(records(tmp_path)) == ["data", "base"]
     with pytest.raises(ConfigError, match="no stage 'bass'; it has data, base, after"):
         run(tmp_path, read(tmp_path), only="bass")
+
+
+BRANCHES = (
+    RECIPE
+    + """
+[[stage]]
+name = "apart"
+kind = "alone"
+[[stage]]
+name = "student"
+kind = "steps"
+parent = "data"
+inputs = ["after", "apart"]
+model = { preset = "tiny", hidden_size = 96 }
+"""
+)
+
+
+def test_a_stage_reads_its_inputs_and_follows_its_own_model(tmp_path: Path) -> None:
+    seen = dict[str, Any]()
+
+    def look(config: StepsConfig, context: StageContext) -> dict[str, Any]:
+        seen[context.directory.name] = context
+        return steps(config, context)
+
+    kinds = KINDS | {"steps": Kind(StepsConfig, look, True, True), "alone": Kind(OnceConfig, once, stands_alone=True)}
+    path = tmp_path / "recipe.toml"
+    path.write_text(BRANCHES)
+    recipe = read_recipe(path, kinds.__getitem__)
+    run_recipe(recipe, tmp_path / "runs", kinds.__getitem__, Console(file=io.StringIO()))
+    student = seen["student"]
+    assert student.inputs == {"after": student.run / "after", "apart": student.run / "apart"}
+    assert student.parent == student.run / "data" and student.model == {"preset": "tiny", "hidden_size": 96}
+    assert seen["base"].model == {"preset": "tiny", "hidden_size": 64} and seen["base"].inputs == {}
+    assert recipe.stage("apart").parent is None
+    assert [stage.name for stage in recipe.below("student")] == ["data", "base", "after", "apart"]
+    path.write_text(recipe.to_toml())
+    assert [stage.hash for stage in read_recipe(path, kinds.__getitem__).stages] == [s.hash for s in recipe.stages]
+
+
+def test_what_a_stage_reads_is_part_of_its_lineage(tmp_path: Path) -> None:
+    kinds = KINDS | {"alone": Kind(OnceConfig, once, stands_alone=True)}
+    path = tmp_path / "recipe.toml"
+    path.write_text(BRANCHES)
+
+    def go(*overrides: str, **options: Any) -> None:
+        recipe = read_recipe(path, kinds.__getitem__, overrides)
+        run_recipe(recipe, tmp_path / "runs", kinds.__getitem__, Console(file=io.StringIO()), **options)
+
+    with pytest.raises(ConfigError, match="it needs 'data', which is not finished"):
+        go(only="student")
+    go()
+    before = records(tmp_path)
+    with pytest.raises(ConfigError, match=r"--fresh apart \(discards apart, student\)"):
+        go("apart.size=2")
+    go("apart.size=2", fresh="apart")
+    after = records(tmp_path)
+    changed = {name for name in after if after[name]["hash"] != before[name]["hash"]}
+    assert changed == {"apart", "student"}
 
 
 def test_a_failing_first_stage_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -235,7 +294,11 @@ def test_a_failing_later_stage_leaves_the_earlier_ones(tmp_path: Path) -> None:
         (["base.stpes=3"], "stage 'base': unknown key 'stpes'; did you mean 'steps'?"),
         (["bose.steps=3"], "unknown key 'bose'; did you mean 'base'?"),
         (["base.steps=many"], "stage 'base': steps = 'many'"),
-        (["base.parent=after"], "parent 'after' does not stand above it"),
+        (["base.parent=after"], "stage 'base': 'after' does not stand above it"),
+        (['base.inputs=["after"]'], "stage 'base': 'after' does not stand above it"),
+        (["base.inputs=data"], "inputs must be a list of stage names"),
+        (["data.model={preset = 'tiny'}"], "a stage of kind once makes no model of its own"),
+        (["base.model={preset = 'tiny', hiden_size = 96}"], "stage 'base': model: unknown key 'hiden_size'"),
         (["base.steps"], "write table.key=value"),
         (["model.hiden_size=96"], "[model]: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
         (["model.hidden_size=wide"], "[model]: hidden_size = 'wide'"),
