@@ -309,7 +309,9 @@ def run_pipe(conversation: Conversation, usd_per_hour: float) -> None:
 
 
 def main(config: ChatConfig) -> None:
-    llm = load_llm(config.model, config.template, precision=config.precision, weights=config.weights, max_running=1)
+    llm = load_llm(
+        config.model, config.template, precision=config.precision, weights=config.weights, max_running=1, guesses=1
+    )
     if llm.template == "zero" and not config.thinking:
         raise ConfigError("template zero always thinks: drop --no-thinking, or use --template chat")
     params = SamplingParams(

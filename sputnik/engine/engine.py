@@ -75,9 +75,9 @@ class Engine:
         """Queue a request; returns its number. Raises DataError or ConfigError for what can never be answered."""
         params, config = request.params, self.model.config
         params.check_vocabulary(config.vocab_size)
-        if request.thought is None and (params.thinking_budget is not None or params.answer_reserve):
+        if request.thought is None and params.steers_thought:
             raise ConfigError(
-                "thinking_budget and answer_reserve need a model with thoughts: this one has no such tags"
+                "thinking_budget, answer_reserve and extend need a model with thoughts: this one has no such tags"
             )
         _check_prompt(request.prompt, config.vocab_size)
         length = len(request.prompt) + params.max_tokens
@@ -251,7 +251,7 @@ class Engine:
             guessed = each.sequence.tokens[-each.sequence.drafts :] if each.sequence.drafts else []
             end = place + 1 + len(guessed)
             for at in range(place, end):
-                id, logprob = tokens[at], logprobs[at]
+                id, logprob = each.instead(tokens[at]), logprobs[at]
                 finish = each.take(id, logprob, tops.get(at)) if sound[at] else "failed"
                 if finish is not None:
                     events.append(self._finish(each, finish, id if sound[at] else None, logprob))

@@ -69,6 +69,9 @@ class Runner(Protocol):
     def refresh(self) -> None:
         """Take over the model's weights as they are now."""
 
+    def release(self) -> None:
+        """The model is for running alone: let go of weights that exist twice. No `refresh` afterwards."""
+
 
 def new_caches(
     config: ModelConfig, blocks: int, size: int, precision: str, device: torch.device | str = "cpu"

@@ -106,6 +106,9 @@ class GpuRunner:
             for name, weight in _used_weights(block):
                 held[name].copy_(weight)
 
+    def release(self) -> None:
+        """Nothing: gates, embedding, head and norms are read from the model, and tensors of its own type not copied."""
+
     def _packed(self, name: str, weight: Tensor) -> Matrix:
         """Matrices in the type of products, norms in fp32; the model's own tensor where that is what it has."""
         if self.fp8 and name in FP8:

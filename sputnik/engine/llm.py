@@ -11,15 +11,18 @@
         print(piece.text, end="", flush=True)
 
 All that was started runs together (continuous batching), whoever asks for the next piece. Models whose tokenizer has
-DeepSeek's dialogue tokens are spoken to through text/chat.py, others through the chat template they bring. One thread.
-Left out: many threads and clients, which are a server's business, and tools.
+DeepSeek's dialogue tokens are spoken to through text/chat.py, others through the chat template they bring. Tools are
+told with `tools=` in OpenAI's form; what the model calls is in `result.calls`. One thread. Left out: many threads and
+clients, which are a server's business.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
+
+import torch
 
 from sputnik.config import from_dict
 from sputnik.engine.config import EngineConfig
@@ -35,6 +38,7 @@ from sputnik.text.chat import Prompt, answer_block, render
 from sputnik.text.foreign import render_own
 from sputnik.text.named_models import find_model
 from sputnik.text.tokenizer import Tokenizer
+from sputnik.text.tools import definitions
 
 Messages = Sequence[Mapping[str, Any]]
 Asked = str | Prompt | Sequence[int]
@@ -42,22 +46,30 @@ Asked = str | Prompt | Sequence[int]
 
 class LLM:
     def __init__(
-        self, model: str | Path, template: Literal["auto", "chat", "zero", "own"] = "auto", **engine: Any
+        self,
+        model: str | Path,
+        template: Literal["auto", "chat", "zero", "own"] = "auto",
+        device: str = "cpu",
+        **engine: Any,
     ) -> None:
         """`model`: a checkpoint directory, a GGUF file or a name. `engine`: fields of `EngineConfig`, for instance
-        `weights="int4"`, `exact=True`. `template`: that of text/chat.py the model was taught, or its own."""
+        `weights="int4"`, `exact=True`. `template`: that of text/chat.py the model was taught, or its own. `device`:
+        cpu, or a GPU as torch names it (cuda, cuda:1)."""
         if template not in ("auto", "chat", "zero", "own"):
             raise ConfigError(f"template = {template!r}: choose auto, chat, zero or own")
         path = find_model(model)
         self.tok = Tokenizer.load(path)
+        place = _device(device)
         loaded = load_model(path)
         check_tokenizer(loaded.config, self.tok.vocab_size, path)
+        loaded.to(place)
         auto = "chat" if self.tok.has_dialogue else "own"
         self.template = auto if template == "auto" else template
         self.thought = ThoughtTokens.of(self.tok) if self.tok.has_thoughts else None
         ends = {self.tok.eos_id, loaded.config.eos_token_id}
         config = from_dict(EngineConfig, engine, "LLM")
         self.engine = Engine(loaded, [id for id in ends if id is not None], config)
+        self.engine.runner.release()
         self.context = loaded.config.max_position_embeddings
         """Tokens that prompt and answer may have together."""
         self._grammars: Grammars | None = None
@@ -89,29 +101,48 @@ class LLM:
             for stream in streams:
                 stream.close()
 
-    def chat(self, messages: Messages, params: SamplingParams | None = None, thinking: bool = True) -> Result:
+    def chat(
+        self, messages: Messages, params: SamplingParams | None = None, thinking: bool = True, tools: Messages = ()
+    ) -> Result:
         """The model's turn after `messages` ({"role", "content"}). Many at once: `generate([render(m) for m in ...])`.
 
         What earlier turns have computed is taken from the cache."""
-        return self.start(self.render(messages, thinking), params).result()
+        return self._ask(messages, params, thinking, tools).result()
 
     def stream(
-        self, asked: Messages | str | Prompt, params: SamplingParams | None = None, thinking: bool = True
+        self,
+        asked: Messages | str | Prompt,
+        params: SamplingParams | None = None,
+        thinking: bool = True,
+        tools: Messages = (),
     ) -> "Stream":
         """`chat`, or `generate` of one text, piece by piece. With template zero the answer's pieces have its tags."""
         if params is not None and params.best_of is not None:
             raise ConfigError("best_of is decided at the end, so it cannot be streamed: leave it out")
-        return self.start(asked if isinstance(asked, str | Prompt) else self.render(asked, thinking), params)
+        if not isinstance(asked, str | Prompt):
+            return self._ask(asked, params, thinking, tools)
+        if tools:
+            raise ConfigError("tools are told with messages: render them, and give their names to `start`")
+        return self.start(asked, params)
 
-    def render(self, messages: Messages, thinking: bool = True) -> Prompt:
+    def _ask(self, messages: Messages, params: SamplingParams | None, thinking: bool, tools: Messages) -> "Stream":
+        names = {each["name"] for each in definitions(tools)} if tools else None
+        return self.start(self.render(messages, thinking, tools), params, names)
+
+    def render(self, messages: Messages, thinking: bool = True, tools: Messages = ()) -> Prompt:
         """The ids a conversation is for this model."""
         if self.template == "own":
+            if tools:
+                raise ConfigError("this model is spoken to through its own template, which is not given tools here")
             return render_own(self.tok, messages, thinking=thinking)
-        return render(self.tok, messages, template=self.template, thinking=thinking)
+        return render(self.tok, messages, template=self.template, thinking=thinking, tools=tools)
 
-    def start(self, prompt: Asked, params: SamplingParams | None = None) -> "Stream":
-        """Queue one prompt; it goes on whenever anything of this model is waited for."""
-        stream = Stream(self, prompt, params or SamplingParams())
+    def start(
+        self, prompt: Asked, params: SamplingParams | None = None, tools: Collection[str] | None = None
+    ) -> "Stream":
+        """Queue one prompt; it goes on whenever anything of this model is waited for. `tools`: names that may be
+        called; None: the answer is text, whatever stands in it."""
+        stream = Stream(self, prompt, params or SamplingParams(), tools)
         self._streams[stream.number] = stream
         return stream
 
@@ -166,14 +197,14 @@ class LLM:
 class Stream(Iterator[Piece]):
     """One request on its way: iterate over its pieces, or ask for its `result`. Forgetting it ends the request."""
 
-    def __init__(self, llm: LLM, prompt: Asked, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM, prompt: Asked, params: SamplingParams, tools: Collection[str] | None = None) -> None:
         self._closed, self._samples = False, list[Sample]()  # done until it is begun
         request = llm.request(prompt, params)
         self.prompt = request.prompt
         self._llm, self._params = llm, params
         self._split = isinstance(prompt, Prompt) and llm.thought is not None
         self._readers = [
-            Reader(llm.tok, params, request.in_thought if self._split else None) for _ in range(params.samples)
+            Reader(llm.tok, params, request.in_thought if self._split else None, tools) for _ in range(params.samples)
         ]
         self._pieces: deque[Piece] = deque()
         self.number = llm.engine.add(request)
@@ -221,6 +252,7 @@ class Stream(Iterator[Piece]):
         reader, finish = self._readers[event.sample], event.finish
         if self._closed or reader.finish is not None:  # what was guessed beyond a stop string came in the same step
             return
+        called = len(reader.calls)
         found = [] if event.id is None else reader.feed(event.id)
         if reader.stopped:
             finish = "stop"
@@ -228,6 +260,7 @@ class Stream(Iterator[Piece]):
         if finish is not None:
             found += reader.end(finish)
         self._pieces += [Piece(channel, text, event.sample) for channel, text in found]
+        self._pieces += [Piece("answer", "", event.sample, call=call) for call in reader.calls[called:]]
         if finish is not None:
             self._pieces.append(Piece(reader.channel, "", event.sample, finish))
 
@@ -243,10 +276,25 @@ class Stream(Iterator[Piece]):
             ids=sample.written[:end],
             thinking=reader.text("thinking"),
             answer=answer,
+            calls=reader.calls,
             finish=reader.finish,
             logprobs=sample.logprobs[:end] if params.logprobs is not None else [],
             top=sample.top[:end],
         )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device = {name!r} cannot be used here ({reason}): choose cpu, or see `sputnik doctor`"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device = {name!r}: choose cpu or cuda")
+    return device
 
 
 def _mean_logprob(output: Output, sample: Sample) -> float:

@@ -7,9 +7,10 @@
     reader.text("answer")                               # all pieces of the channel, joined
 
 Streamed and whole answers come out of this one reader, so they are the same. Stop strings are looked for in the answer
-and not in the thought, like grammars. Left out: tool calls (`text/tools.py` takes them out of the ids).
+and not in the thought, like grammars. Where tools were told, calls are taken out of the answer (`reader.calls`).
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sputnik.engine.params import SamplingParams
@@ -17,6 +18,9 @@ from sputnik.engine.thinking import Finish
 from sputnik.text.chat import Channel, StreamParser
 from sputnik.text.detokenize import Detokenizer, StopFilter
 from sputnik.text.tokenizer import Tokenizer
+from sputnik.text.tools import BrokenCall, CallParser, ToolCall
+
+Call = ToolCall | BrokenCall
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Piece:
     text: str
     sample: int = 0
     finish: Finish | None = None
+    call: Call | None = None
+    """A call of a tool that is complete; it has no text."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class Output:
     ids: list[int]
     thinking: str
     answer: str
+    calls: list[Call]
+    """Of tools, in order."""
     finish: Finish
     logprobs: list[float]
     """Of each id, if asked for."""
@@ -65,6 +73,10 @@ class Result:
         return self.outputs[0].thinking
 
     @property
+    def calls(self) -> list[Call]:
+        return self.outputs[0].calls
+
+    @property
     def finish(self) -> Finish:
         return self.outputs[0].finish
 
@@ -72,13 +84,22 @@ class Result:
 class Reader:
     """Takes one sample apart, id by id, as `text.chat.parse` would as a whole."""
 
-    def __init__(self, tok: Tokenizer, params: SamplingParams, in_thought: bool | None) -> None:
-        """`in_thought` None: plain text, all of it answer, white space at its ends kept."""
+    def __init__(
+        self,
+        tok: Tokenizer,
+        params: SamplingParams,
+        in_thought: bool | None,
+        tools: Collection[str] | None = None,
+    ) -> None:
+        """`in_thought` None: plain text, all of it answer, white space at its ends kept. `tools`: those that may be
+        called; None: no calls are looked for."""
+        self.calls: list[Call] = []
         self.finish: Finish | None = None
         self.taken = 0
         """Ids read."""
         self._found: dict[Channel, list[str]] = {"thinking": [], "answer": []}
         self._parser = None if in_thought is None else StreamParser(tok, in_thought)
+        self._calls = None if tools is None else CallParser(tok, tools)
         self._plain = Detokenizer(tok, skip_special=True)
         self._stops = StopFilter(params.stop)
         self._wait = params.min_tokens
@@ -97,11 +118,18 @@ class Reader:
 
     def feed(self, id: int) -> list[tuple[Channel, str]]:
         self.taken += 1
+        if self._calls is not None and self.channel == "answer":
+            taken = self._calls.feed(id)
+            if not isinstance(taken, int):
+                self.calls += [] if taken is None else [taken]
+                return []
         return self._passed([("answer", self._plain.feed(id))] if self._parser is None else self._parser.feed(id))
 
     def end(self, finish: Finish) -> list[tuple[Channel, str]]:
         """Call once: what was held back."""
         self.finish = finish
+        cut = None if self._calls is None else self._calls.finish()
+        self.calls += [] if cut is None else [cut]
         rest = self._passed([("answer", self._plain.finish())] if self._parser is None else self._parser.finish())
         return rest + self._kept([("answer", self._stops.finish())])
 

@@ -53,6 +53,8 @@ class SamplingParams:
     """Tokens a thought may have before it is closed; 0: closed at once; None: no limit of its own."""
     answer_reserve: int = 0
     """Tokens of `max_tokens` kept for the answer: a thought is closed when only these are left."""
+    extend: int = 0
+    """Times that the end of a thought is replaced by "Wait", so that the model thinks on."""
     break_loops: bool = False
     """Close a thought, or end an answer, that repeats itself."""
     schema: str | Mapping[str, Any] | None = None
@@ -88,6 +90,12 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs", "thinking_budget"):
             value = getattr(self, name)
             yield value is not None and value < 0, f"{name} = {value}: a number of tokens, or None"
+        yield self.extend < 0, f"extend = {self.extend}: how often a thought shall go on, or 0"
+        scored = self.logprobs is not None or self.presence_penalty or self.frequency_penalty or penalty != 1
+        yield (
+            bool(self.extend and scored),
+            "extend puts tokens in the place of drawn ones: leave out logprobs and penalties, or extend",
+        )
         reserve = self.answer_reserve
         yield (
             not 0 <= reserve < self.max_tokens,
@@ -108,6 +116,11 @@ class SamplingParams:
     def samples(self) -> int:
         """Answers to draw, of which `n` are kept."""
         return self.best_of or self.n
+
+    @property
+    def steers_thought(self) -> bool:
+        """Asks for something that only a model with thoughts can do."""
+        return self.thinking_budget is not None or bool(self.answer_reserve or self.extend)
 
     @property
     def constrained(self) -> bool:

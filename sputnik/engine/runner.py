@@ -90,6 +90,9 @@ class NativeRunner:
         self.native.set_main_layers(config.num_hidden_layers)
         self.rope_length = len(table)
 
+    def release(self) -> None:
+        self.model.to("meta")
+
     @torch.no_grad()
     def forward(self, batch: FlatBatch) -> Tensor:
         self._reach(batch)
@@ -128,6 +131,10 @@ class TorchRunner:
 
     def refresh(self) -> None:
         self.frozen = self.model.lowered(torch.bfloat16) if self.precision == "bf16" else self.model
+
+    def release(self) -> None:
+        if self.frozen is not self.model:
+            self.model.to("meta")
 
     @torch.no_grad()
     def forward(self, batch: FlatBatch) -> Tensor:

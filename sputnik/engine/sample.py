@@ -104,6 +104,9 @@ class Sample:
         """Whether the next token is the grammar's business: the thought, if there is one, is over."""
         return self.matcher is not None and (self.control is None or self.control.answering)
 
+    def instead(self, id: int) -> int:
+        return id if self.control is None else self.control.instead(id)
+
     def take(self, id: int, logprob: float | None, top: list[tuple[int, float]] | None) -> Finish | None:
         """The next token; why the sample ends with it, or None."""
         if self.matcher is not None and self.constrained and id not in self.ends and not self.matcher.accept(id):

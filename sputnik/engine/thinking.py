@@ -1,12 +1,15 @@
-"""Reasoning controls of one sequence: a thought has a budget, leaves room for the answer, can be cut short, won't loop.
+"""Reasoning controls of one sequence: a thought has a budget, leaves room for the answer, can be cut short or drawn out,
+won't loop.
 
     control = ThoughtControl(params, ThoughtTokens.of(tok), [tok.eos_id], prompt.in_thought)
     each step:  forced = control.forced       # an id that must come next, or None: draw freely
+                id = control.instead(id)      # of an id that was drawn: what is written in its place
                 finish = control.feed(id)     # what the sequence was given; says when and why it is finished
     any time:   control.answer_now()
 
 A thought is closed by forcing the tokens the chat template would have at its end, so the model goes on with its answer
-as if it had closed the thought itself. All decisions are made on token ids; text is never searched. Left out: stop
+as if it had closed the thought itself; one that shall go on has its end replaced by "Wait" (budget forcing both ways,
+s1, 2501.19393). All decisions are made on token ids; text is never searched. Left out: stop
 strings (`text/detokenize.py`), deadlines and aborts (the engine knows them; `ended` gives them a name).
 """
 
@@ -34,12 +37,14 @@ class ThoughtTokens:
     close: int
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    wait: tuple[int, ...] = ()
+    """What stands in the place of an end that is put off."""
 
     @classmethod
-    def of(cls, tok: Tokenizer, message: str = "") -> "ThoughtTokens":
+    def of(cls, tok: Tokenizer, message: str = "", wait: str = "Wait") -> "ThoughtTokens":
         """Those of template "chat"; `message` is said at the end of a thought that did not end by itself."""
-        before = tok.encode(f"{message}\n")
-        return cls(tok.think_id, tok.end_think_id, tuple(before), tuple(tok.encode("\n\n")))
+        before, after = tok.encode(f"{message}\n"), tok.encode("\n\n")
+        return cls(tok.think_id, tok.end_think_id, tuple(before), tuple(after), tuple(tok.encode(wait)))
 
 
 class LoopDetector:
@@ -98,14 +103,16 @@ class ThoughtControl:
         self, params: SamplingParams, tokens: ThoughtTokens | None, eos_ids: Collection[int], in_thought: bool = False
     ) -> None:
         """`tokens` None: a model without thoughts; a ConfigError if `params` has something to say about them."""
-        if tokens is None and (params.thinking_budget is not None or params.answer_reserve):
-            raise ConfigError("this model has no thoughts: leave out thinking_budget and answer_reserve")
+        if tokens is None and params.steers_thought:
+            raise ConfigError("this model has no thoughts: leave out thinking_budget, answer_reserve and extend")
         self.in_thought = in_thought
         self.closed_by: ClosedBy | None = None
         """Who ended the (last) thought."""
         self.written = 0
         self.thought = 0
         """Tokens inside thoughts, their tags not counted."""
+        self.extended = 0
+        """Ends of thought that were put off."""
         self._params = params
         self._tokens = tokens
         self._ends = params.ends(eos_ids)
@@ -123,6 +130,15 @@ class ThoughtControl:
     def answering(self) -> bool:
         """The next token belongs to the answer and is free: a grammar, if there is one, applies to it."""
         return not self.in_thought and not self._queue
+
+    def instead(self, id: int) -> int:
+        """What is written where the model drew `id`: an end of thought that comes too early gives way to "Wait"."""
+        tokens = self._tokens
+        if tokens is None or not self.in_thought or id != tokens.close or not self._may_extend(tokens):
+            return id
+        self.extended += 1
+        self._queue.extend(tokens.wait)
+        return tokens.wait[0]
 
     def feed(self, id: int) -> Finish | None:
         """Take the next token of the sequence; returns why the sequence ends with it, or None."""
@@ -171,6 +187,16 @@ class ThoughtControl:
             return False
         self.thought += self.in_thought
         return self._loop is not None and not forced and self._loop.feed(id)
+
+    def _may_extend(self, tokens: ThoughtTokens) -> bool:
+        """The model drew the end by itself, it is asked for more, and all limits leave room for it."""
+        params, more = self._params, len(tokens.wait)
+        if self._queue or self._asked or self.extended >= params.extend or not more:
+            return False
+        if params.thinking_budget is not None and self.thought + more > params.thinking_budget:
+            return False
+        closing = len(tokens.before) + 1 + len(tokens.after)
+        return self.written + more + closing + params.answer_reserve <= params.max_tokens
 
     def _turn(self) -> None:
         """A channel begins."""

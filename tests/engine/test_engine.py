@@ -165,6 +165,23 @@ def test_a_thought_is_closed_when_its_budget_is_spent(model: Transformer) -> Non
     assert sample.control is not None and sample.control.closed_by == "budget"
 
 
+@pytest.mark.parametrize("guesses", [0, 2])
+def test_an_early_end_of_thought_is_replaced_and_the_model_goes_on_from_there(guesses: int) -> None:
+    """What follows is what the model writes after a prompt that ends with the replaced tokens."""
+    model = predicting(train=False)
+    tags = ThoughtTokens(open=90, close=91, wait=(92, 93))
+    bias = {91: 100.0, EOS: -100.0}
+    prompt = prompts(1)[0]
+    asked = Request(
+        prompt, SamplingParams(max_tokens=6, temperature=0, extend=2, logit_bias=bias), in_thought=True, thought=tags
+    )
+    engine = make_engine(model, exact=True, guesses=guesses, adaptive=False)
+    written = engine.run([asked])[0][0].written
+    assert written[:5] == [92, 93, 92, 93, 91]
+    plain = Request([*prompt, *written[:5]], SamplingParams(max_tokens=1, temperature=0, logit_bias=bias))
+    assert make_engine(model, exact=True).run([plain])[0][0].written == written[5:]
+
+
 def test_an_answer_can_be_asked_for_at_once(model: Transformer) -> None:
     tags = ThoughtTokens(open=90, close=91)
     engine = make_engine(model)

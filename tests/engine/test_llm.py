@@ -13,14 +13,16 @@ from tokenizers import AddedToken
 
 import sputnik
 from sputnik.engine.llm import LLM
-from sputnik.engine.outputs import Output, Piece
+from sputnik.engine.outputs import Output, Piece, Reader
 from sputnik.engine.params import SamplingParams
+from sputnik.engine.runner import NativeRunner
 from sputnik.errors import CheckpointError, ConfigError, DataError
-from sputnik.model.checkpoint import save_model
+from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.config import ModelConfig
 from sputnik.model.transformer import Transformer
 from sputnik.text.chat import parse
-from sputnik.text.tokenizer import Tokenizer
+from sputnik.text.tokenizer import TOOL_SEP, TOOLS, Tokenizer
+from sputnik.text.tools import BrokenCall, ToolCall
 
 QUESTION = [{"role": "user", "content": "What is 1 + 2?"}]
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
@@ -144,11 +146,11 @@ def test_several_answers_and_the_best_of_them(llm: LLM) -> None:
     assert [joined(pieces, "answer", sample) for sample in range(5)] == [each.answer for each in all_five.outputs]
 
 
-def test_log_probabilities_of_answer_and_prompt_are_the_models(llm: LLM) -> None:
+def test_log_probabilities_of_answer_and_prompt_are_the_models(llm: LLM, checkpoint: Path) -> None:
     (result,) = llm.generate(["What is 1"], SamplingParams(max_tokens=6, seed=0, logprobs=3, prompt_logprobs=2))
     (output,) = result.outputs
     with torch.no_grad():
-        logprobs = llm.engine.model(torch.tensor([[*result.prompt, *output.ids]]))[0].log_softmax(dim=-1)
+        logprobs = load_model(checkpoint)(torch.tensor([[*result.prompt, *output.ids]]))[0].log_softmax(dim=-1)
     start = len(result.prompt) - 1
     assert output.logprobs == pytest.approx(
         [float(logprobs[start + i, id]) for i, id in enumerate(output.ids)], abs=1e-3
@@ -241,6 +243,58 @@ def test_a_second_turn_finds_the_first_in_the_cache(llm: LLM) -> None:
     more = [*QUESTION * 8, {"role": "assistant", "content": "3"}, *QUESTION]
     second = llm.chat(more, PLAIN, thinking=False)
     assert second.cached_tokens >= len(first.prompt) - 2 * llm.engine.config.block_size > 0
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_calls_are_taken_out_of_the_answer_wherever_it_is_cut(tok: Tokenizer) -> None:
+    begin, end, call, call_end = (tok.control_id(name) for name in TOOLS[:4])
+    body = [call, *tok.encode("add"), tok.control_id(TOOL_SEP), *tok.encode('{"a": 1}'), call_end]
+    cut = [call, *tok.encode("add"), tok.control_id(TOOL_SEP), *tok.encode('{"a"')]
+    ids = [
+        *tok.encode("A call: "),
+        begin,
+        *body,
+        end,
+        begin,
+        *body[:1],
+        *tok.encode("sub"),
+        *body[-10:],
+        end,
+        begin,
+        *cut,
+    ]
+    reader = Reader(tok, SamplingParams(), False, {"add"})
+    pieces = [piece for id in ids for piece in reader.feed(id)] + reader.end("length")
+    assert "".join(text for _, text in pieces) == reader.text("answer") == "A call:"
+    assert reader.calls[0] == ToolCall("add", '{"a": 1}')
+    assert all(isinstance(each, BrokenCall) for each in reader.calls[1:]) and len(reader.calls) == 3
+    in_thought = Reader(tok, SamplingParams(), True, {"add"})
+    for id in [*ids[:12], tok.end_think_id, begin, *body, end]:
+        in_thought.feed(id)
+    assert in_thought.calls == [ToolCall("add", '{"a": 1}')]
+
+
+def test_tools_are_told_with_messages_and_the_answer_lists_what_was_called(llm: LLM) -> None:
+    told, plain = llm.render(QUESTION, tools=[TOOL]), llm.render(QUESTION)
+    assert len(told.ids) > len(plain.ids)
+    result = llm.chat(QUESTION, PLAIN, thinking=False, tools=[TOOL])
+    assert tuple(result.prompt) == llm.render(QUESTION, thinking=False, tools=[TOOL]).ids and result.calls == []
+    with pytest.raises(ConfigError, match="tools are told with messages"):
+        llm.stream("1 + 2", PLAIN, tools=[TOOL])
+
+
+def test_only_the_packed_weights_stay_in_memory(checkpoint: Path) -> None:
+    llm = sputnik.LLM(checkpoint, precision="fp32", cache_tokens=256)
+    kept = {tensor.device.type for tensor in llm.engine.model.parameters()}
+    assert kept == ({"meta"} if isinstance(llm.engine.runner, NativeRunner) else {"cpu"})
+
+
+def test_a_device_that_is_not_here_is_refused(checkpoint: Path) -> None:
+    for device in ("cuda:7", "tpu", "meta"):
+        with pytest.raises(ConfigError, match="device"):
+            sputnik.LLM(checkpoint, device=device)
 
 
 def test_a_model_of_other_makers_is_spoken_to_in_its_own_words(foreign: Tokenizer, save: Callable[..., Path]) -> None:

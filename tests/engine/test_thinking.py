@@ -15,7 +15,7 @@ from sputnik.text.chat import parse, render
 from sputnik.text.tokenizer import Tokenizer
 
 EOS, OPEN, CLOSE = 1, 2, 3
-TAGS = ThoughtTokens(OPEN, CLOSE, before=(10,), after=(11, 12))
+TAGS = ThoughtTokens(OPEN, CLOSE, before=(10,), after=(11, 12), wait=(13, 14))
 CLOSING = [10, CLOSE, 11, 12]
 
 
@@ -27,7 +27,7 @@ def play(state: ThoughtControl, model: Iterator[int]) -> tuple[list[int], Finish
     """What is written when `model` draws wherever nothing is forced."""
     ids: list[int] = []
     while True:
-        ids.append(next(model) if state.forced is None else state.forced)
+        ids.append(state.instead(next(model)) if state.forced is None else state.forced)
         if finish := state.feed(ids[-1]):
             return ids, finish
 
@@ -106,6 +106,30 @@ def test_asking_twice_or_while_closing_forces_the_closing_once() -> None:
     assert state.closed_by == "budget"
 
 
+@pytest.mark.parametrize("extend", [0, 1, 3])
+def test_the_end_of_a_thought_gives_way_to_wait_as_often_as_asked(extend: int) -> None:
+    state = control(extend=extend)
+    drawn = [id for part in range(extend + 1) for id in (20 + part, CLOSE)]
+    ids, finish = play(state, iter([*drawn, 30, EOS]))
+    waits = [id for part in range(extend) for id in (20 + part, 13, 14)]
+    assert (ids, finish) == ([*waits, 20 + extend, CLOSE, 30, EOS], "stop")
+    assert (state.extended, state.closed_by, state.thought) == (extend, "model", 3 * extend + 1)
+
+
+def test_a_thought_is_not_drawn_out_beyond_its_limits() -> None:
+    """Budget, answer reserve and the wish for an answer now go before; a tag outside a thought is no end of one."""
+    spent = control(extend=9, thinking_budget=4)
+    assert play(spent, iter([20, CLOSE, 21, CLOSE, EOS]))[0] == [20, 13, 14, 21, *CLOSING, EOS]
+    assert (spent.extended, spent.closed_by) == (1, "budget")
+    tight = control(extend=9, max_tokens=12, answer_reserve=5)
+    assert play(tight, iter([20, CLOSE, *range(30, 40)]))[0] == [20, 13, 14, *CLOSING, *range(30, 35)]
+    hurried = control(extend=9)
+    hurried.feed(20)
+    hurried.answer_now()
+    assert play(hurried, iter([30, EOS]))[0] == [*CLOSING, 30, EOS]
+    assert control(in_thought=False, extend=9).instead(CLOSE) == CLOSE
+
+
 def test_a_thought_the_model_opens_itself_has_the_budget_too() -> None:
     state = control(in_thought=False, thinking_budget=2)
     ids, finish = play(state, iter([40, OPEN, 20, 21, 30, EOS]))
@@ -136,8 +160,9 @@ def test_stops_wait_for_the_minimum_and_ends_may_be_ignored() -> None:
 def test_a_model_without_thoughts_only_stops() -> None:
     state = ThoughtControl(SamplingParams(max_tokens=2), None, [EOS])
     assert [state.feed(id) for id in (OPEN, CLOSE)] == [None, "length"] and state.thought == 0
-    with pytest.raises(ConfigError, match="has no thoughts"):
-        ThoughtControl(SamplingParams(thinking_budget=0), None, [EOS])
+    for wish in ({"thinking_budget": 0}, {"answer_reserve": 1}, {"extend": 1}):
+        with pytest.raises(ConfigError, match="has no thoughts"):
+            ThoughtControl(SamplingParams(**wish), None, [EOS])
 
 
 def test_causes_from_outside_keep_their_names() -> None:
@@ -201,18 +226,19 @@ def test_ordinary_text_is_no_loop() -> None:
     budget=st.none() | st.integers(0, 20),
     reserve=st.integers(0, 20),
     asked_at=st.integers(0, 60),
+    extend=st.integers(0, 3),
 )
 def test_no_model_gets_around_the_limits(
-    drawn: list[int], in_thought: bool, budget: int | None, reserve: int, asked_at: int
+    drawn: list[int], in_thought: bool, budget: int | None, reserve: int, asked_at: int, extend: int
 ) -> None:
     """Whatever the model draws: thoughts keep to the budget, the tags nest, forced tokens come as one run."""
-    state = control(in_thought, max_tokens=50, thinking_budget=budget, answer_reserve=reserve)
+    state = control(in_thought, max_tokens=50, thinking_budget=budget, answer_reserve=reserve, extend=extend)
     inside, free, ids = in_thought, 0, []
     for step, id in enumerate(drawn):
         if step == asked_at:
             state.answer_now()
         forced = state.forced
-        ids.append(id if forced is None else forced)
+        ids.append(state.instead(id) if forced is None else forced)
         tag = ids[-1] in (OPEN, CLOSE)
         free += inside and forced is None and not tag and ids[-1] != EOS
         finish = state.feed(ids[-1])
@@ -221,8 +247,8 @@ def test_no_model_gets_around_the_limits(
         if finish is not None:
             break
         assert state.in_thought == inside
-        assert state.forced is None or state.forced in CLOSING
-    assert finish is not None and len(ids) <= 50
+        assert state.forced is None or state.forced in (*CLOSING, *TAGS.wait)
+    assert finish is not None and len(ids) <= 50 and ids.count(13) == state.extended <= extend
     assert budget is None or free <= budget
     if finish == "length while thinking":
         assert reserve < 2, "with a reserve a thought left open can only be one opened within it"
