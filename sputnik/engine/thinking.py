@@ -1,5 +1,4 @@
-"""Reasoning controls of one sequence: a thought has a budget, leaves room for the answer, can be cut short or drawn out,
-won't loop.
+"""Reasoning controls of one sequence: a thought has a budget, leaves room for the answer, is cut short or drawn out.
 
     control = ThoughtControl(params, ThoughtTokens.of(tok), [tok.eos_id], prompt.in_thought)
     each step:  forced = control.forced       # an id that must come next, or None: draw freely
@@ -9,8 +8,8 @@ won't loop.
 
 A thought is closed by forcing the tokens the chat template would have at its end, so the model goes on with its answer
 as if it had closed the thought itself; one that shall go on has its end replaced by "Wait" (budget forcing both ways,
-s1, 2501.19393). All decisions are made on token ids; text is never searched. Left out: stop
-strings (`text/detokenize.py`), deadlines and aborts (the engine knows them; `ended` gives them a name).
+s1, 2501.19393). All decisions are made on token ids; text is never searched. Left out: stop strings
+(`text/detokenize.py`), deadlines and aborts (the engine knows them; `ended` gives them a name).
 """
 
 from collections import deque

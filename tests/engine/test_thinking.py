@@ -119,7 +119,7 @@ def test_the_end_of_a_thought_gives_way_to_wait_as_often_as_asked(extend: int) -
 def test_a_thought_is_not_drawn_out_beyond_its_limits() -> None:
     """Budget, answer reserve and the wish for an answer now go before; a tag outside a thought is no end of one."""
     spent = control(extend=9, thinking_budget=4)
-    assert play(spent, iter([20, CLOSE, 21, CLOSE, EOS]))[0] == [20, 13, 14, 21, *CLOSING, EOS]
+    assert play(spent, iter([20, CLOSE, 21, EOS]))[0] == [20, 13, 14, 21, *CLOSING, EOS]
     assert (spent.extended, spent.closed_by) == (1, "budget")
     tight = control(extend=9, max_tokens=12, answer_reserve=5)
     assert play(tight, iter([20, CLOSE, *range(30, 40)]))[0] == [20, 13, 14, *CLOSING, *range(30, 35)]
