@@ -117,22 +117,36 @@ def test_samples_of_one_prompt_differ_and_share_its_prefill(model: Transformer) 
     assert engine.metrics.computed_tokens == len(prompt) + 8 * 29
 
 
-def test_nothing_leaks_over_random_aborts(model: Transformer) -> None:
+@pytest.mark.parametrize("name", [*SIZES, "mtp"])
+def test_a_thousand_random_aborts_leak_nothing_and_leave_the_others_answers_alone(name: str) -> None:
+    mtp = SIZES["mla"] | {"num_nextn_predict_layers": 1}
+    model = (
+        make_model(name) if name in SIZES else Transformer(ModelConfig(**mtp)).init_weights(torch.Generator()).eval()
+    )
     numbers = random.Random(0)
-    engine = make_engine(model, cache_tokens=256, max_running=6)
-    alive: list[int] = []
-    for _ in range(400):
-        if numbers.random() < 0.5:
-            params = SamplingParams(
-                max_tokens=numbers.randint(1, 40), n=numbers.randint(1, 3), seed=numbers.randrange(99)
-            )
-            alive.append(engine.add(Request(prompts(1, seed=numbers.randrange(999))[0], params)))
+    asked = prompts(12, shared=6)
+    params = [SamplingParams(temperature=0, max_tokens=8 + 2 * place, n=1 + place % 3) for place in range(12)]
+    alone = [make_engine(model, exact=True).run([Request(p, q)])[0] for p, q in zip(asked, params, strict=True)]
+    engine = make_engine(model, cache_tokens=256, max_running=6, exact=True, guesses=1, adaptive=False)
+    alive: dict[int, tuple[int, list[Sample]]] = {}
+    aborted = answered = 0
+    while aborted < 1000:
+        if len(alive) < 10 and numbers.random() < 0.7:
+            place = numbers.randrange(12)
+            number = engine.add(Request(asked[place], params[place]))
+            alive[number] = place, engine.samples(number)
         if alive and numbers.random() < 0.4:
-            engine.abort(alive.pop(numbers.randrange(len(alive))))
+            engine.abort(victim := numbers.choice(list(alive)))
+            del alive[victim]
+            aborted += 1
         engine.step()
+        for number in [n for n, (_, group) in alive.items() if all(each.finish for each in group)]:
+            place, group = alive.pop(number)
+            assert ids([group]) == ids([alone[place]])
+            answered += 1
     for number in alive:
         engine.abort(number)
-    assert not engine.busy
+    assert answered > 100 and not engine.busy
     assert engine.scheduler.figures.used_blocks == 0
     assert not engine._requests and not engine._samples
 
