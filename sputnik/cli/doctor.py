@@ -23,6 +23,7 @@ OPTIONAL = {
     "reasoning-gym": ("gym", "tasks gym:NAME"),
     "math-verify": ("math", "tasks math:FILE"),
     "gguf": ("gguf", "GGUF files"),
+    "llguidance": ("grammar", "answers of a given form"),
     "transformers": ("hf", "comparisons with Hugging Face models"),
     "pytest": ("dev", "the tests"),
     "ruff": ("dev", "the house rules"),
@@ -70,6 +71,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield torch
     if torch.state == "ok":
         yield from _torch(config)
+        yield _kernels()
     for name in REQUIRED:
         yield _package(name, f"pip install {name}")
     yield _room("memory", total_memory(), MEMORY_NEEDED, "a machine with more memory, or a smaller model and batch")
@@ -115,6 +117,18 @@ def _torch(config: DoctorConfig) -> Iterator[Finding]:
         bf16, fp32, read = (rate / 1e9 for rate in (speed.bf16, speed.fp32, speed.bandwidth))
         rates = f"bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s; reads {read:.1f} GB/s"
         yield Finding(speed.name, f'{rates}; precision = "auto" takes {speed.faster}')
+
+
+def _kernels() -> Finding:
+    """Our own C++: built, to be built, or not for this machine."""
+    from sputnik.model import kernels
+
+    if kernels.load():
+        return Finding("kernels", "built")
+    reason = kernels.why_not()
+    if reason is None:
+        return Finding("kernels", "not built, or switched off", "note", "python -m sputnik.model.kernels")
+    return Finding("kernels", "not here", "note", f"{reason}; all works without them, slower")
 
 
 def _room(what: str, size: int, needed: int, fix: str) -> Finding:

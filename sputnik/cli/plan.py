@@ -31,6 +31,7 @@ from sputnik.cost import (
 )
 from sputnik.errors import CheckpointError, ConfigError
 from sputnik.hardware import GIB, Hardware, fleet
+from sputnik.model.checkpoint import open_weights
 from sputnik.model.config import PRESETS, ModelConfig
 from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.recipe.corpus import CorpusConfig
@@ -38,6 +39,8 @@ from sputnik.recipe.evaluation import EvalConfig
 from sputnik.recipe.recipe import model_config, read_recipe
 from sputnik.recipe.stages import kind_of
 from sputnik.recipe.wording import count, duration, money, percent, power
+from sputnik.text.gguf_header import gguf_file
+from sputnik.text.named_models import MODELS
 from sputnik.train.pretrain import PretrainConfig
 from sputnik.train.rl import RLConfig
 
@@ -53,7 +56,8 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 @dataclass(frozen=True)
 class PlanConfig:
     model: Positional[str]
-    """A preset (tiny, mini, v2-lite, v3-671b), a run, a checkpoint directory, a config.json, or a recipe.toml."""
+    """A preset (tiny, mini, v2-lite, v3-671b), a run, a checkpoint directory, a config.json, a GGUF file, the name of a
+    model (smollm2), or a recipe.toml."""
     hardware: str | None = None
     """NAME or COUNTxNAME, e.g. 8xH800; names: cpu (this machine), H800, H100, H200, A100, B200; default: the recipe's
     own, else cpu."""
@@ -186,14 +190,18 @@ def stage_work(stage: Any, model: ModelConfig) -> Work:
 
 
 def read_shape(spec: str) -> ModelConfig:
-    """A preset by name, else the config.json at or under a path."""
+    """A preset by name, else what the config.json or GGUF header at or under a path says."""
     if spec in PRESETS:
         return ModelConfig.preset(spec)
     path = Path(spec)
     if path.suffix != ".json":
-        if not path.exists() and not (Path("runs") / spec).exists():
+        if not (path.exists() or (Path("runs") / spec).exists() or spec in MODELS):
             raise ConfigError(f"{spec!r} is neither a preset ({', '.join(PRESETS)}) nor a model directory or run")
-        path = find_checkpoint(spec).path / "config.json"
+        found = find_checkpoint(spec).path
+        packed = gguf_file(found)
+        if packed is not None:
+            return open_weights(packed).config
+        path = found / "config.json"
     try:
         return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, json.JSONDecodeError) as error:
