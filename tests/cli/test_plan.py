@@ -8,7 +8,7 @@ import pytest
 
 from sputnik.__main__ import main as sputnik
 from sputnik.cli.plan import PlanConfig, parse_count, plan_model, plan_recipe, read_shape, stage_work
-from sputnik.cost import kv_bytes_per_token, parameters
+from sputnik.cost import parameters
 from sputnik.errors import CheckpointError, ConfigError
 from sputnik.model.config import ModelConfig
 from sputnik.recipe.evaluation import EvalConfig
@@ -74,8 +74,8 @@ def test_shape_is_read_from_preset_directory_and_file(checkpoint: Path) -> None:
 def test_a_gguf_file_is_planned_by_its_header(checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     assert sputnik(["convert", str(checkpoint), str(file)]) == 0
-    found, saved = read_shape(str(file)), read_shape(str(checkpoint))
-    assert parameters(found) == parameters(saved) and kv_bytes_per_token(found) == kv_bytes_per_token(saved)
+    saved = replace(read_shape(str(checkpoint)), num_nextn_predict_layers=0)  # such a file has no prediction modules
+    assert parameters(read_shape(str(file))) == parameters(saved)
     assert sputnik(["plan", str(file)]) == 0
 
 
