@@ -100,7 +100,7 @@ class Answer:
     def vote(self, task: Task) -> str | None:
         """What this sample says in a majority vote; one that could not be read has none."""
         readable = self.judgement.verdict in (Verdict.CORRECT, Verdict.WRONG)
-        return normalised(task, self.completion.answer) if readable else None
+        return normalised(task, self.problem, self.completion.answer) if readable else None
 
     def thinking_length(self, tok: Tokenizer) -> int:
         """Tokens of the thought."""

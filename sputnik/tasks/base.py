@@ -29,6 +29,7 @@ import msgspec
 
 from sputnik.config import check_keys, from_dict
 from sputnik.errors import SputnikError, TaskError
+from sputnik.tasks.final import final_answer as final_answer
 
 Split = Literal["train", "validation", "test"]
 
@@ -37,6 +38,7 @@ SHIPPED = (
     ("countdown", "sputnik.tasks.countdown:Countdown"),
     ("gym", "sputnik.tasks.gym:Gym"),
     ("math", "sputnik.tasks.math:MathFile"),
+    ("mix", "sputnik.tasks.mixture:Mixture"),
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # what no answer needs and some parsers step over
 REJECTIONS = 2000  # draws in a row that bring nothing new before a family counts as dry
@@ -126,9 +128,22 @@ class Task(ABC):
         Asked about answers that `verify` could read, in the evaluating process: quick, and without raising."""
         return answer.strip()
 
+    def conclude(self, problem: Problem, answer: str) -> str:
+        """A plain sentence with a bare answer, for models to learn to say; judged as the answer itself would be."""
+        sentence = f"The answer is {answer}."
+        return sentence if final_answer(sentence) == answer else answer
+
     def self_checks(self, thinking: str) -> bool:
         """Does this thought look back at itself? Counted, never rewarded."""
         return re.search(r"\b(re-?check|double-check|check|wait|verify)", thinking, re.IGNORECASE) is not None
+
+    def task_of(self, problem: Problem) -> "Task":
+        """The task that judges `problem`: this one, unless it is a mixture of several (mixture.py)."""
+        return self
+
+    def tasks_within(self) -> "Sequence[Task]":
+        """What the self-check tries one by one."""
+        return (self,)
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         """Worked examples from the train split; problems may repeat when the family is small."""
@@ -192,14 +207,17 @@ def split_of(number: int) -> Split:
 
 
 def judge(task: Task, problem: Problem, answer: str) -> Judgement:
-    """Run the verifier once, in this process; whatever it raises becomes an ERROR that names file and line."""
+    """Run the verifier once, in this process; whatever it raises becomes an ERROR that names file and line.
+
+    The verifier sees the bare answer, also where it stands in a sentence or a box; a gold answer it sees as it is."""
+    task = task.task_of(problem)
     cls = type(task)
     if len(answer) > task.longest_answer:
         return Judgement(Verdict.UNPARSEABLE, f"longer than {task.longest_answer} characters")
     if CONTROL.search(answer):
         return Judgement(Verdict.UNPARSEABLE, "control characters")
     try:
-        verdict = task.verify(problem, answer)
+        verdict = task.verify(problem, answer if answer == problem.gold else final_answer(answer))
     except Exception as error:  # noqa: BLE001 - the verifier may be a user's; what it raises becomes a counted verdict
         return Judgement(Verdict.ERROR, str(broken_task(error, f"{cls.__name__}.verify", cls)))
     if isinstance(verdict, Verdict):
@@ -209,11 +227,13 @@ def judge(task: Task, problem: Problem, answer: str) -> Judgement:
     return Judgement(Verdict.ERROR, f"{cls.__name__}.verify must return a Verdict or a bool, not {verdict!r:.80}")
 
 
-def normalised(task: Task, answer: str) -> str:
-    """`task.normalise(answer)`; an exception, or what is no text, becomes a TaskError that names the place."""
+def normalised(task: Task, problem: Problem, answer: str) -> str:
+    """The answer to `problem` as its task's `normalise` writes it, taken out of a sentence or a box; an exception, or
+    what is no text, becomes a TaskError that names the place."""
+    task = task.task_of(problem)
     what = f"{type(task).__name__}.normalise"
     try:
-        text = task.normalise(answer)
+        text = task.normalise(final_answer(answer))
     except Exception as error:
         raise broken_task(error, what, type(task)) from error
     if not isinstance(text, str):
@@ -304,10 +324,14 @@ def attacks(problem: Problem, wrong: str, golds: Sequence[str]) -> Iterator[tupl
         yield "options", ", ".join(sorted(set(golds)))
     yield from (("several", f"{gold} {wrong}"), ("several", f"{wrong}\n{gold}"), ("several", f"{wrong} or {gold}"))
     yield from (("tags", f"<answer>{gold}</answer>" * 2), ("boxes", f"\\boxed{{{wrong}}} \\boxed{{{gold}}}"))
+    yield from (("boxes", f"\\boxed{{{wrong} \\boxed{{{gold}}}}}"), ("boxes", f"\\boxed{{\\boxed{{{gold}}}}}"))
     yield from (("long", f"{gold} " * (1_000_000 // (len(gold) + 1))), ("long", gold + "1" * 1_000_000))
     yield from (("control", f"\x00{gold}"), ("control", f"{gold}\x08\x1b[2J"))
     yield "unicode_digits", gold.translate({ord("0") + digit: chr(0x660 + digit) for digit in range(10)})
     yield "sentence", f"The answer is {gold}, I think."
+    for claim in (f"{gold}. The answer is {wrong}", f"{wrong}. The answer is {gold}", f"{gold}. Or {wrong}"):
+        yield "sentences", f"The answer is {claim}."
+    yield from (("hedge", f"The answer is {gold} or {wrong}."), ("hedge", f"The answer is not {gold}."))
 
 
 def self_check(task: Task, n: int = 32, verify: Verify | None = None) -> None:
@@ -317,12 +341,17 @@ def self_check(task: Task, n: int = 32, verify: Verify | None = None) -> None:
     nothing, and nothing may raise. Pass a pool's `verify` to keep a verifier that hangs from hanging the caller.
     """
     verify = verify or (lambda items: [judge(task, problem, answer) for problem, answer in items])
-    problems = _some_problems(task, n)
+    for part in task.tasks_within():
+        _check_one(part, _some_problems(part, n), verify)
+
+
+def _check_one(task: Task, problems: Sequence[Problem], verify: Verify) -> None:
+    task = task.task_of(problems[0])
     damaged = [task.damage(problem.gold) for problem in problems]
     for problem, judgement in zip(problems, verify([(problem, problem.gold) for problem in problems])):
         if judgement.verdict != Verdict.CORRECT:
             raise _refused(task, problem, "the gold answer", problem.gold, judgement)
-        normalised(task, problem.gold)
+        normalised(task, problem, problem.gold)
     tries = [(problem, "the damaged gold answer", wrong) for problem, wrong in zip(problems, damaged)]
     golds = [problem.gold for problem in problems]
     for problem, wrong in zip(problems[:4], damaged):

@@ -22,6 +22,7 @@ import msgspec
 
 from sputnik.errors import DataError, MissingPackage, TaskError
 from sputnik.tasks.base import Problem, Split, Task, Verdict, hash_of, split_of
+from sputnik.tasks.final import boxes
 
 PROMPT_KEYS = ("prompt", "problem", "question")
 ANSWER_KEYS = ("answer", "gold")
@@ -137,16 +138,3 @@ def same(gold: list[Any], given: list[Any]) -> bool:
     from math_verify import verify
 
     return bool(verify(gold, given, timeout_seconds=None))
-
-
-def boxes(text: str) -> list[str]:
-    r"""The contents of each \boxed{...} in the text, braces balanced; an unclosed one is left out."""
-    found = []
-    for opening in re.finditer(r"\\boxed\{", text):
-        depth = 1
-        for place in range(opening.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                found.append(text[opening.end() : place])
-                break
-    return found

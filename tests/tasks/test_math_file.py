@@ -6,7 +6,7 @@ import pytest
 
 from sputnik.errors import DataError, TaskError
 from sputnik.tasks.base import Verdict, load_task, self_check
-from sputnik.tasks.math import boxes
+from sputnik.tasks.final import boxes
 from sputnik.tasks.verify import VerifierPool
 
 pytest.importorskip("math_verify")

@@ -94,7 +94,7 @@ def test_self_check_refuses_a_verifier_that_can_be_cheated(cheat, named: str, mo
 
 
 def test_a_tolerated_attack_is_not_tried(monkeypatch) -> None:
-    sentences = lambda problem: (problem.gold, f"The answer is {problem.gold}, I think.")  # noqa: E731
+    sentences = lambda problem: (problem.gold, f"{problem.gold}, I think")  # noqa: E731
     monkeypatch.setattr(Digit, "verify", lambda self, problem, answer: answer.strip() in sentences(problem))
     with pytest.raises(TaskError, match="'sentence'"):
         self_check(Digit())
@@ -125,7 +125,7 @@ def test_best_constant_is_the_commonest_gold() -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "error", "message"),
     [
-        ("arithmetics", {}, TaskError, "known: arithmetic, countdown, gym, math"),
+        ("arithmetics", {}, TaskError, "known: arithmetic, countdown, gym, math, mix"),
         ("arithmetic", {"term": [3, 4]}, ConfigError, "did you mean 'terms'"),
         ("arithmetic", {"terms": [4, 3]}, ConfigError, "shortest <= longest"),
         ("arithmetic", {"operators": "+/"}, ConfigError, "choose from"),
