@@ -10,8 +10,9 @@ from a start state, never by searching text for "</think>".
            ...<｜tool▁output▁begin｜>{result}<｜tool▁output▁end｜> | {answer}<EOS>     after a call (text/tools.py)
     zero:  <BOS>{description}\\nUser: {q}\\nAssistant: | <think>{thinking}</think>\\n<answer>{answer}</answer><EOS>
 
-Left of the bar is the prompt, right of it what the model writes. Calls of tools go in here and come out of the answer's
-ids in `text/tools.py`. Left out: a thought kept for the next turn, which V3.2's tool loops do.
+Left of the bar is the prompt, right of it what the model writes; `render_turn` gives both for a turn of a dialogue that
+is trained on. Calls of tools go in here and come out of the answer's ids in `text/tools.py`. Left out: a thought kept
+for the next turn, which V3.2's tool loops do.
 """
 
 import codecs
@@ -27,9 +28,11 @@ import jinja2
 from sputnik.errors import DataError
 from sputnik.text.templates import check_template, template_hash, template_source
 from sputnik.text.tokenizer import ASSISTANT, BOS, END_THINK, EOS, THINK, TOOL_SEP, TOOLS, USER, Tokenizer
-from sputnik.text.tools import definitions, written
+from sputnik.text.tools import ToolCall, definitions, written
 
-__all__ = ["Completion", "Prompt", "StreamParser", "parse", "render", "render_example", "template_hash"]
+__all__ = [
+    "Completion", "Prompt", "StreamParser", "parse", "render", "render_example", "render_turn", "template_hash",
+]  # fmt: skip
 
 Channel = Literal["thinking", "answer"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -113,17 +116,64 @@ def render_example(
     `thinking=None` is a direct answer: the closed thought of V3.1 in "chat", a bare <answer> block in "zero".
     """
     start = render(tok, [{"role": "user", "content": prompt}], template=template, thinking=thinking is not None)
-    written: list[int] = []
+    reply = _reply(tok, thinking, answer, (), template)
+    return [*start.ids, *reply], [False] * len(start.ids) + [True] * len(reply)
+
+
+def render_turn(
+    tok: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    template: str = "chat",
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[list[int], list[int]]:
+    """The last of `messages`, an assistant's: what it was asked, as `render` gives it, and what it wrote, EOS included.
+
+    Its thought is its `reasoning_content`, or what its content has before </think>. None is a direct answer, an empty
+    one a thought that was opened and closed.
+    """
+    *before, last = messages
+    if last.get("role") != "assistant":
+        raise DataError(f"the last message is of role {last.get('role')!r}, not the assistant's")
+    thinking, answer = _reply_texts(last)
+    if thinking is not None and before and before[-1].get("role") == "tool":
+        raise DataError("after a tool's output the assistant goes on without a thought: leave it out")
+    asked = render(tok, before, template=template, thinking=thinking is not None, tools=tools)
+    _check_order(messages, template, bool(tools))
+    return list(asked.ids), _reply(tok, thinking, answer, written(last.get("tool_calls") or ()), template)
+
+
+def _reply_texts(message: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Thought and answer of an assistant's message. White space around a thought is layout, the template's own."""
+    thinking, content = message.get("reasoning_content"), message.get("content")
+    if not isinstance(thinking, str | None) or not isinstance(content, str | None):
+        raise DataError("content and reasoning_content of an assistant's message must be texts")
+    content = content or ""
+    if thinking is None and END_THINK in content:
+        thinking, _, content = content.rpartition(END_THINK)
+        thinking = thinking.lstrip().removeprefix(THINK)
+    if thinking is None and content.lstrip().startswith(THINK):
+        raise DataError(f"the answer ends within its thought: there is no {END_THINK}")
+    return (None, content) if thinking is None else (thinking.strip(), content.lstrip())
+
+
+def _reply(tok: Tokenizer, thinking: str | None, answer: str, calls: Sequence[ToolCall], template: str) -> list[int]:
+    """Ids of what a model writes behind its prompt, EOS included."""
     if template == "zero":
-        if thinking is not None:
-            written += [tok.think_id, *tok.encode(thinking), tok.end_think_id]
-        written += tok.encode(f"\n<answer>{answer}</answer>")
-    elif thinking is not None:
-        written += [*tok.encode(f"{thinking}\n"), tok.end_think_id, *tok.encode(f"\n\n{answer}")]
+        ids = [] if thinking is None else [tok.think_id, *tok.encode(thinking), tok.end_think_id]
+        return [*ids, *tok.encode(f"\n<answer>{answer}</answer>"), tok.eos_id]
+    if thinking is not None:
+        ids = [*tok.encode(f"{thinking}\n"), tok.end_think_id, *tok.encode(f"\n\n{answer}")]
     else:
-        written += tok.encode(answer)
-    written.append(tok.eos_id)
-    return [*start.ids, *written], [False] * len(start.ids) + [True] * len(written)
+        ids = tok.encode(answer)
+    if calls:
+        begin, end, call_begin, call_end = (tok.control_id(name) for name in TOOLS[:4])
+        ids.append(begin)
+        for call in calls:
+            arguments = tok.encode(call.arguments)
+            ids += [call_begin, *tok.encode(call.name), tok.control_id(TOOL_SEP), *arguments, call_end]
+        ids.append(end)
+    return [*ids, tok.eos_id]
 
 
 def parse(
