@@ -7,7 +7,7 @@ is counted on a line of its own.
 import sys
 from pathlib import Path
 
-KERNELS = 2_000
+KERNELS = 2_200
 CEILINGS = {
     "(top)": 1000,
     "cli": 2300,
@@ -15,11 +15,12 @@ CEILINGS = {
     "eval": 1500,
     "model": 4200,
     "recipe": 3800,
+    "serve": 6000,
     "tasks": 2900,
     "text": 2500,
     "train": 4800,
 }
-TOTAL = 26_000
+TOTAL = 32_000
 
 
 def count(package: Path) -> dict[str, dict[str, int]]:

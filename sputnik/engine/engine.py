@@ -79,7 +79,9 @@ class Engine:
             raise ConfigError(
                 "thinking_budget, answer_reserve and extend need a model with thoughts: this one has no such tags"
             )
-        _check_prompt(request.prompt, config.vocab_size)
+        _check_prompt([*request.prompt, *request.written], config.vocab_size)
+        if request.written and (params.samples > 1 or params.extend):
+            raise ConfigError("written: only one sample at a time goes on, and none whose thoughts were drawn out")
         length = len(request.prompt) + params.max_tokens
         if length > config.max_position_embeddings:
             raise DataError(

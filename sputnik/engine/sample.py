@@ -10,6 +10,7 @@ from sputnik.engine.params import SamplingParams
 from sputnik.engine.sampling import sample_seed
 from sputnik.engine.sequence import Sequence
 from sputnik.engine.thinking import Finish, ThoughtControl, ThoughtTokens
+from sputnik.errors import DataError
 
 
 class Matcher(Protocol):
@@ -37,6 +38,8 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     salt: bytes = b""
+    written: Tokens[int] = ()
+    """Of an only sample, what it has come to elsewhere: it goes on there, and a seed gives what it would have there."""
 
 
 @dataclass(eq=False, slots=True)
@@ -78,9 +81,17 @@ class Sample:
             control = ThoughtControl(params, request.thought, eos_ids, request.in_thought)
         matcher = request.matchers[index] if request.matchers else None
         own = sample_seed(seed, index)
-        return cls(
+        made = cls(
             number, index, sequence, params, list(request.prompt), own, params.ends(eos_ids), control, matcher, now
         )
+        made._go_on(request.written)
+        return made
+
+    def _go_on(self, written: Tokens[int]) -> None:
+        """Bring all that counts tokens to where it stood after these."""
+        if any(self.take(id, None, None) is not None for id in written):
+            raise DataError("what was written is a whole answer, or does not fit its grammar: nothing can follow")
+        self.sequence.tokens.extend(written)
 
     @property
     def controlled(self) -> bool:

@@ -13,16 +13,18 @@ Left out: when to stop, and what to force (`thinking.py`).
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sputnik.engine.edits import Bias, MinTokens, Penalties, floats, ints, is_edited, is_penalised
 from sputnik.engine.params import SamplingParams
+from sputnik.model import kernels
 
 BLOCK = 128
 """Tokens summed at a time: a draw finds first the block, then the token in it."""
@@ -95,15 +97,21 @@ class SamplingBatch:
         self.scored = any(each.logprobs is not None or each.best_of or not each.greedy for each in params)
         asked = {each.logprobs for each in params if each.logprobs}
         self.top = [(k, _index((each.logprobs == k for each in params), self.device)) for k in sorted(asked)]
-        self.temperature = _floats((each.temperature or 1.0 for each in params), self.device)[:, None]
-        self.edited = _index(map(_is_edited, params), self.device)
-        self._bias = _Bias(params, self.device)
-        self._minimum = _MinTokens(params, eos_ids, self.device)
-        self._penalties = _Penalties(rows, vocab_size, self.device) if any(map(_is_penalised, params)) else None
-        streams = _mix(_ints((row.seed for row in rows), self.device) + GOLDEN)
-        self.rows_at_once = size = max(1, CHUNK // vocab_size if self.device.type == "cpu" else len(rows))
-        spans = [slice(start, start + size) for start in range(0, len(rows), size)]
-        self._parts = [(span, _Part(params[span], self.temperature[span], streams[span])) for span in spans]
+        self.temperature = floats((each.temperature or 1.0 for each in params), self.device)[:, None]
+        self.edited = _index(map(is_edited, params), self.device)
+        self._bias = Bias(params, self.device)
+        self._minimum = MinTokens(params, eos_ids, self.device)
+        self._penalties = Penalties(rows, vocab_size, self.device) if any(map(is_penalised, params)) else None
+        self.rows_at_once = max(1, CHUNK // vocab_size if self.device.type == "cpu" else len(rows))
+        self._params = params
+        self._streams = _mix(ints((row.seed for row in rows), self.device) + GOLDEN)
+        self._native = _Native(params, self._streams) if self.device.type == "cpu" and kernels.load() else None
+
+    @cached_property
+    def _parts(self) -> list[tuple[slice, "_Part"]]:
+        size = self.rows_at_once
+        spans = [slice(start, start + size) for start in range(0, len(self._params), size)]
+        return [(span, _Part(self._params[span], self.temperature[span], self._streams[span])) for span in spans]
 
     @property
     def penalised(self) -> bool:
@@ -132,6 +140,8 @@ class SamplingBatch:
         """Tokens (R,) by their edited logits, and the probability of each at its temperature; greedy: any finite value.
 
         Not finite means that the row's logits were not."""
+        if self._native is not None:
+            return self._native.choose(scores.contiguous(), positions, self.temperature, self.scored)
         if not self.scored:
             tokens = argmax(scores)
             return tokens, scores.gather(1, tokens[:, None])[:, 0]
@@ -211,6 +221,25 @@ def argmax(scores: Tensor) -> Tensor:
     return (block * BLOCK + token).clamp(max=scores.shape[1] - 1)
 
 
+class _Native:
+    """All rows in one call of our C++ (model/kernels/choose.cpp); `_Part` is its twin."""
+
+    def __init__(self, params: Sequence[SamplingParams], streams: Tensor) -> None:
+        self.streams = streams
+        self.greedy = torch.tensor([each.greedy for each in params], dtype=torch.bool)
+        self.cuts = (
+            ints((each.top_k for each in params), streams.device),
+            torch.tensor([each.top_p if each.top_p < 1 else 2.0 for each in params], dtype=torch.float64),
+            floats((each.min_p for each in params), streams.device),
+        )
+
+    def choose(self, scores: Tensor, positions: Tensor, temperature: Tensor, scored: bool) -> tuple[Tensor, Tensor]:
+        tokens, values = torch.ops.sputnik.choose(
+            scores, positions, self.streams, temperature, self.greedy, *self.cuts, scored
+        )
+        return tokens, values
+
+
 class _Part:
     """Rows that are drawn together."""
 
@@ -244,9 +273,9 @@ class _Truncation:
         device = streams.device
         self.streams = streams
         self.most = max((each.top_k for each in params), default=0)
-        self.top_k = _ints((each.top_k for each in params), device)[:, None]
+        self.top_k = ints((each.top_k for each in params), device)[:, None]
         self.floor = any(each.min_p for each in params)
-        self.min_p = _floats((each.min_p for each in params), device)[:, None]
+        self.min_p = floats((each.min_p for each in params), device)[:, None]
         self.top_p = torch.tensor([each.top_p for each in params], dtype=torch.float64, device=device)
         self.top_p[self.top_p == 1] = 2.0  # off: no rounding of the sum may cut the tail
 
@@ -274,80 +303,6 @@ class _Truncation:
             open, weights = open[outside], weights[outside]
             attempt += 1
         return tokens
-
-
-class _Bias:
-    """`logit_bias` of all rows."""
-
-    def __init__(self, params: Sequence[SamplingParams], device: torch.device) -> None:
-        entries = [(row, id, bias) for row, each in enumerate(params) for id, bias in each.logit_bias.items()]
-        self.where = (_ints((row for row, _, _ in entries), device), _ints((id for _, id, _ in entries), device))
-        self.bias = _floats((bias for _, _, bias in entries), device)
-
-    def apply(self, scores: Tensor) -> None:
-        scores.index_put_(self.where, self.bias, accumulate=True)
-
-
-class _MinTokens:
-    """Tokens that would end a row before it has written `min_tokens`."""
-
-    def __init__(self, params: Sequence[SamplingParams], eos_ids: Sequence[int], device: torch.device) -> None:
-        entries = [
-            (row, id, each.min_tokens)
-            for row, each in enumerate(params)
-            if each.min_tokens
-            for id in each.ends(eos_ids)
-        ]
-        self.rows, self.ids, self.until = (_ints((entry[n] for entry in entries), device) for n in (0, 1, 2))
-
-    def apply(self, scores: Tensor, positions: Tensor) -> None:
-        kept = scores[self.rows, self.ids].masked_fill(positions[self.rows] < self.until, -torch.inf)
-        scores.index_put_((self.rows, self.ids), kept)
-
-
-class _Penalties:
-    """How often the penalised rows have written what: a table of the pairs (row, token) that occur, not of all."""
-
-    def __init__(self, rows: Sequence[Row], vocab_size: int, device: torch.device) -> None:
-        params = [row.params for row in rows]
-        self.presence = _floats((each.presence_penalty for each in params), device)
-        self.frequency = _floats((each.frequency_penalty for each in params), device)
-        self.repetition = _floats((each.repetition_penalty for each in params), device)
-        self.vocab_size = vocab_size
-        self.rows = [n for n, each in enumerate(params) if _is_penalised(each)]
-        counts: Counter[int] = Counter()
-        for n in self.rows:
-            counts.update(n * vocab_size + id for id in rows[n].written)
-            if params[n].repetition_penalty != 1:
-                counts.update(dict.fromkeys((n * vocab_size + id for id in rows[n].prompt), 0))
-        self.places = {pair: place for place, pair in enumerate(counts)}
-        self.pairs = _ints(counts, device)
-        self.counts = _floats(counts.values(), device)
-
-    def count(self, tokens: Tensor) -> None:
-        given = tokens.tolist()
-        pairs = [n * self.vocab_size + given[n] for n in self.rows]
-        fresh = [pair for pair in pairs if pair not in self.places]
-        if fresh:
-            self.places.update({pair: place for place, pair in enumerate(fresh, len(self.places))})
-            self.pairs = torch.cat([self.pairs, _ints(fresh, tokens.device)])
-            self.counts = F.pad(self.counts, (0, len(fresh)))
-        self.counts[_ints((self.places[pair] for pair in pairs), tokens.device)] += 1
-
-    def apply(self, scores: Tensor) -> None:
-        where = (self.pairs // self.vocab_size, self.pairs % self.vocab_size)
-        presence, frequency, repetition = (all[where[0]] for all in (self.presence, self.frequency, self.repetition))
-        own = scores[where]
-        own = torch.where(own > 0, own / repetition, own * repetition)
-        scores.index_put_(where, own - frequency * self.counts - presence * (self.counts > 0))
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
-
-
-def _is_edited(params: SamplingParams) -> bool:
-    return bool(params.logit_bias or params.min_tokens) or _is_penalised(params)
 
 
 def _is_cut(params: SamplingParams) -> bool:
@@ -383,12 +338,4 @@ def _shifted(state: Tensor, by: int) -> Tensor:
 
 
 def _index(chosen: Iterable[bool], device: torch.device) -> Tensor:
-    return _ints((n for n, yes in enumerate(chosen) if yes), device)
-
-
-def _ints(values: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.long, device=device)
-
-
-def _floats(values: Iterable[float], device: torch.device) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float32, device=device)
+    return ints((n for n, yes in enumerate(chosen) if yes), device)

@@ -24,6 +24,19 @@ from sputnik.engine.sampling import (
     score,
     uniform,
 )
+from sputnik.model import kernels
+
+
+@pytest.fixture(params=["native", "twin"], autouse=True)
+def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Everything here holds for the kernel and for its twin in torch."""
+    name: str = request.param
+    if name == "twin":
+        monkeypatch.setattr(kernels, "load", lambda: False)
+    elif not kernels.load():
+        pytest.skip("the kernels are not built here")
+    return name
+
 
 EOS = 1
 KINDS: list[dict[str, Any]] = [
@@ -85,6 +98,22 @@ def test_draws_follow_the_truncated_distribution(settings: dict[str, Any], vocab
     assert chi_square(drawn.tokens, expected / expected.sum()) < 4
     assert drawn.logprobs is not None
     assert torch.allclose(drawn.logprobs.double(), probabilities.log()[drawn.tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 5000])
+def test_kernel_and_twin_draw_the_same_tokens(vocab: int, side: str) -> None:
+    if side == "twin":
+        pytest.skip("compares the two")
+    rows = [Row(SamplingParams(**KINDS[n % 7]), seed=n) for n in range(420)]
+    ours = SamplingBatch(rows, vocab, [EOS])
+    twin = SamplingBatch(rows, vocab, [EOS])
+    twin._native = None
+    for step in range(4):
+        logits, positions = logits_of(420, vocab, seed=step), torch.arange(420) + step
+        (tokens, values), (theirs, expected) = (each.choose(logits, positions) for each in (ours, twin))
+        same = tokens == theirs
+        assert (~same).sum() <= 1  # a number within rounding of where two tokens meet
+        torch.testing.assert_close(values[same], expected[same], rtol=2e-5, atol=1e-9)
 
 
 def test_different_seeds_at_one_position_are_independent_draws() -> None:
