@@ -1,6 +1,6 @@
 """One training step of a small DeepSeek-V3, ours and transformers', in trained tokens a second.
 
-    python benchmarks/train_step.py [--dtype auto|bf16|fp32] [--rounds 5] [--threads 2] [--json]
+    python benchmarks/train_step.py [--dtype auto|bf16|fp32] [--rounds 15] [--threads 2] [--json]
 
 The preset `mini` (59 million parameters, 26 million active) in both libraries, from the same weights on the same batch
 of 8 x 256 tokens: forward pass, loss, backward pass, fused AdamW. bf16 is autocast on both sides; auto, the default, is
@@ -130,7 +130,7 @@ def compare(dtype: str, rounds: int, report: Callable[[str], None]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="nothing but the JSON line, no progress on stderr")
     args = parser.parse_args()
