@@ -21,7 +21,7 @@ BESIDE = sorted(path for folder in ("benchmarks", "scripts") for path in (ROOT /
 # An import may go down or stay inside its folder. `sputnik/__init__.py` is the door and stands above all.
 FLOORS = {
     "errors": 0, "files": 0, "config": 1, "hardware": 1, "cost": 2, "text": 3, "tasks": 3, "model": 4, "engine": 5,
-    "eval": 6, "train": 7, "recipe": 8, "cli": 9, "__main__": 10,
+    "eval": 6, "train": 7, "recipe": 8, "serve": 9, "cli": 10, "__main__": 11,
 }  # fmt: skip
 TORCH_FREE = {"errors", "files", "config", "cost", "text", "tasks"}
 OPTIONAL = {"transformers", "reasoning_gym", "math_verify", "matplotlib", "trl", "datasets", "gguf"}

@@ -1,0 +1,1 @@
+"""The API server: supervisor, gateway and engine worker, three processes."""
