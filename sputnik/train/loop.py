@@ -99,11 +99,12 @@ class Loop:
         self.headline = headline
         self.save_seconds = save_seconds
         self.save_steps = save_steps
-        self.store = StateStore(out / "resume")
         self._rollbacks = out / "alarms" / "rollbacks.jsonl"
         self.done = 0
         self._make_guard = guard
         self._guard = guard()
+        watched = self._guard.config
+        self.store = StateStore(out / "resume", behind=watched.window if watched.rolls_back else None)
         self._log_names = ("metrics", *logs)
         self._logs: dict[str, JsonLines] = {}
         self._saved_step = -1
@@ -237,10 +238,13 @@ class Loop:
             raise Paused(f"paused at step {alarm.step}: {alarm.message}; run the same command again to go on anyway")
 
     def _roll_back(self, alarm: Alarm, stage: Stage) -> bool:
-        """Return to the newest save; from there on, data that was not seen yet. False after too many attempts."""
-        saved = self.store.latest()
+        """Return to the newest save from before the trouble, or the oldest there is; from there on, data that was not
+        seen yet. False after too many attempts. Later saves go first: a process killed before the note of the rollback
+        is written goes on from the same save, meets the same trouble and comes back here."""
+        saved = self.store.latest(alarm.since) or self.store.oldest()
         if saved is None or len(read_jsonl(self._rollbacks)) >= MAX_ROLLBACKS:
             return False
+        self.store.drop_after(saved.step)
         log = JsonLines(self._rollbacks)
         log.write({"at": alarm.step, "to": saved.step, "shift": self.data_step(alarm.step) - saved.step})
         log.position  # noqa: B018 - reading it syncs the file

@@ -56,11 +56,14 @@ class Saved:
 
 
 class StateStore:
-    """The saves of one stage, newest last; keeps `keep` of them, so that a damaged one leaves a way back."""
+    """The saves of one stage, newest last; keeps `keep` of them, so that a damaged one leaves a way back. With `behind`
+    it also keeps one that is at least so many steps older than the newest, and the one after it to take its place in
+    time: a way back from trouble that is noticed late."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, behind: int | None = None) -> None:
         self.directory = directory
         self.keep = keep
+        self.behind = behind
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
         """Write `tensors` (file name -> tensor name -> tensor) and JSON-able `meta` as the save of `step`, then prune.
@@ -85,17 +88,29 @@ class StateStore:
             if not is_disk_full(error):
                 raise
             raise DataError(f"disk full while saving step {step} in {self.directory}: {self._intact()}") from error
-        self._prune()
+        self._prune(step)
         return path
 
-    def latest(self) -> Saved | None:
-        """The newest complete save; a damaged one is skipped with a warning."""
-        for path in sorted(self.directory.glob("step-*"), reverse=True):
+    def latest(self, at_most: int = LAST_STEP) -> Saved | None:
+        """The newest complete save, of step `at_most` or before; a damaged one is skipped with a warning."""
+        for path in reversed(self._paths()):
+            if _step(path) > at_most:
+                continue
             saved = _read(path)
             if saved is not None:
                 return saved
             warnings.warn(f"{path} is damaged (a file is missing, cut or changed); using an older save", stacklevel=2)
         return None
+
+    def oldest(self) -> Saved | None:
+        """The first complete save that is still there."""
+        return next(filter(None, map(_read, self._paths())), None)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the saves of later steps, the newest first, so that whatever is left is the start of one history."""
+        for path in reversed(self._paths()):
+            if _step(path) > step:
+                remove_directory(path)
 
     def load(self, saved: Saved, name: str) -> dict[str, Tensor]:
         """The tensors of one file, each in memory of its own (a mapped file is not aligned, and alignment can change
@@ -122,13 +137,22 @@ class StateStore:
             )
 
     def _intact(self) -> str:
-        steps = sorted(path.name for path in self.directory.glob("step-*"))
-        what = f"the save of step {int(steps[-1].removeprefix('step-'))} is intact" if steps else "nothing is saved yet"
+        paths = self._paths()
+        what = f"the save of step {_step(paths[-1])} is intact" if paths else "nothing is saved yet"
         return f"{what}; free some space and run the same command again"
 
-    def _prune(self) -> None:
-        for path in sorted(self.directory.glob("step-*"))[: -self.keep]:
-            remove_directory(path)
+    def _paths(self) -> list[Path]:
+        return sorted(self.directory.glob("step-*"))
+
+    def _prune(self, step: int) -> None:
+        paths = self._paths()
+        kept = paths[-self.keep :]
+        if self.behind is not None:
+            far = sum(_step(path) <= step - self.behind for path in paths)
+            kept += paths[max(0, far - 1) : far + 1]
+        for path in paths:
+            if path not in kept:
+                remove_directory(path)
         for leftover in self.directory.glob(".step-*"):  # of a process that was killed in the middle of a save
             shutil.rmtree(leftover)
 
@@ -154,6 +178,10 @@ def load_module_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Non
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file; the tensors must not share memory."""
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _read(path: Path) -> Saved | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from sputnik.errors import ConfigError
 from sputnik.train.guards import Alarm, Guard, GuardConfig, first_non_finite
 
 NAN = float("nan")
@@ -68,6 +69,41 @@ def test_a_constant_reward_is_reported_once_and_again_after_it_moved() -> None:
     assert [(alarm.rule, alarm.step) for alarm in alarms(stuck)] == [("constant_format_reward", 20)]
     moved = [*stuck, {"format_reward": 0.5, "reward": 1.0}, *[{**record, "reward": NAN} for record in stuck]]
     assert [alarm.step for alarm in alarms(moved)] == [20, 71]
+
+
+def test_a_reward_that_is_always_won_is_no_fault() -> None:
+    """The form is learned early; that says nothing against a run whose answers are still getting better."""
+    pausing = GuardConfig(constant_reward="pause")
+    healthy = [{"format_reward": 1.0, "accuracy_reward": n / 100, "reward": 1 + n / 100} for n in range(60)]
+    assert alarms(healthy, pausing) == []
+    solved = [{"format_reward": 1.0, "accuracy_reward": 1.0, "reward": 2.0}] * 60
+    assert alarms(solved, pausing) == []
+    lost = [{"format_reward": 1.0, "accuracy_reward": 0.0, "reward": 1.0}] * 60
+    assert [(alarm.rule, alarm.step) for alarm in alarms(lost, pausing)] == [("constant_accuracy_reward", 20)]
+    stuck = [{"format_reward": n / 60, "accuracy_reward": 1 - n / 60, "reward": 1.0} for n in range(60)]
+    assert [(alarm.rule, alarm.action) for alarm in alarms(stuck, pausing)] == [("constant_reward", "pause")]
+
+
+def test_an_alarm_knows_the_last_step_that_was_well() -> None:
+    sudden = [*steady(30, entropy=2.0), *steady(10, entropy=0.05)]
+    assert [(alarm.step, alarm.since) for alarm in alarms(sudden)] == [(34, 30)]
+    slow = [{"entropy": 2.0 - 1.9 * min(1, n / 60)} for n in range(100)]
+    (first, *_) = alarms(slow, GuardConfig(window=30))
+    half = sum(record["entropy"] for record in slow[:30]) / 30 / 2
+    assert slow[first.since - 1]["entropy"] >= half > slow[first.since]["entropy"]
+    (first, *_) = alarms(slow)
+    assert first.since == first.step - 1 - 20, "nothing within the window was well"
+    (high, *_) = alarms([*steady(30, truncated=0.1), *steady(10, truncated=0.8)])
+    assert high.since == 30
+    (stuck,) = alarms([{"reward": 0.5 + n} for n in range(10)] + [{"reward": 3.0}] * 20)
+    assert (stuck.step, stuck.since) == (30, 10)
+    *_, broken = alarms([{"loss": 1.0}, {"loss": 1.0}, *[{"loss": NAN}] * 5])
+    assert (broken.action, broken.since) == ("pause", 1), "step 2 may have spoilt what step 3 could not use"
+
+
+def test_a_window_too_short_to_see_a_collapse_is_refused() -> None:
+    with pytest.raises(ConfigError, match="window = 4: a guard looks at 5 steps at least"):
+        GuardConfig(window=4)
 
 
 def test_a_lasting_fault_speaks_once_per_window() -> None:

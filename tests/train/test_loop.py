@@ -26,9 +26,12 @@ TIMES = {"tokens_per_s", "flops_per_s", "peak_share", "seconds", "usd"}
 class Walk:
     """Adds a number drawn from the data step to its one weight; `hooks` do something at a step."""
 
-    def __init__(self, losses: Mapping[int, float] | None = None) -> None:
+    def __init__(
+        self, losses: Mapping[int, float] | None = None, entropy: Callable[[int], float] = lambda data: 1.0
+    ) -> None:
         self.weight = torch.zeros(1, dtype=torch.float64)
         self.losses = losses or {}
+        self.entropy = entropy
         self.seen: list[int] = []
         self.befores = 0
         self.hooks: dict[int, Callable[[], None]] = {}
@@ -44,7 +47,7 @@ class Walk:
         self.weight += torch.rand(1, generator=torch.Generator().manual_seed(data), dtype=torch.float64)
         loop.log("rollouts", {"step": step, "data": data})
         loop.meter.add(tokens=10)
-        return {"loss": self.losses.get(data, 1.0), "weight": float(self.weight)}
+        return {"loss": self.losses.get(data, 1.0), "weight": float(self.weight), "entropy": self.entropy(data)}
 
     def batch(self) -> dict[str, Tensor]:
         return {"data": torch.tensor(self.seen[-1:])}
@@ -190,7 +193,7 @@ def test_a_warning_is_written_down_with_the_batch_and_the_run_goes_on(
 
 
 def test_a_pause_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    losses, guards = {30: math.nan}, GuardConfig(non_finite="pause", window=4)
+    losses, guards = {30: math.nan}, GuardConfig(non_finite="pause", window=5)
     with pytest.raises(Paused, match=r"paused at step 30: loss not finite.*run the same command again") as error:
         make_loop(tmp_path, guards=guards).run(Walk(losses))
     assert "\n" not in str(error.value)
@@ -228,6 +231,37 @@ def test_a_rollback_is_kept_over_a_crash(tmp_path: Path, crashing: int) -> None:
     make_loop(tmp_path / "broken", guards=guards, save_steps=10).run(last)
     assert last.weight.equal(straight.weight)
     assert curve(tmp_path / "broken") == curve(tmp_path / "straight")
+
+
+def fading(data: int) -> float:
+    """An entropy that collapses over the data of steps 20 to 26 and stays down; data from 28 on is good again."""
+    return 2.0 if data < 20 or data > 27 else max(0.01, 2.0 - 0.4 * (data - 19))
+
+
+@pytest.mark.parametrize("dies", ["never", "after the saves are dropped", "after the note is written"])
+def test_a_rollback_goes_behind_saves_that_have_collapsed_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    guards = GuardConfig(entropy="rollback", window=10)
+    straight = Walk(entropy=fading)
+    make_loop(tmp_path / "straight", guards=guards, save_steps=1).run(straight)
+    (note,) = read_jsonl(tmp_path / "straight/alarms/rollbacks.jsonl")
+    assert note["to"] < note["at"] - 5 and fading(note["to"]) >= 1.0
+    entropies = [line["entropy"] for line in curve(tmp_path / "straight")[1:]]
+    assert len(entropies) == 40 and min(entropies[note["to"] :]) == 2.0
+    if dies != "never":
+        loop = make_loop(tmp_path / "broken", guards=guards, save_steps=1)
+        with monkeypatch.context() as patch, pytest.raises(Crash):
+            if dies == "after the note is written":
+                patch.setattr(loop, "_restore", lambda *_: crash())
+            else:
+                drop = loop.store.drop_after
+                patch.setattr(loop.store, "drop_after", lambda step: (drop(step), crash()))
+            loop.run(Walk(entropy=fading))
+        last = Walk(entropy=fading)
+        make_loop(tmp_path / "broken", guards=guards, save_steps=1).run(last)
+        assert last.weight.equal(straight.weight)
+        assert curve(tmp_path / "broken") == curve(tmp_path / "straight")
 
 
 def test_rollbacks_without_end_become_a_pause(tmp_path: Path) -> None:

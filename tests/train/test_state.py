@@ -57,6 +57,27 @@ def test_loaded_tensors_outlive_the_save_and_are_aligned(tmp_path: Path) -> None
     assert all(value.data_ptr() % 64 == 0 for value in loaded.values())
 
 
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_a_save_from_before_the_last_steps_is_always_there(tmp_path: Path, every: int) -> None:
+    store = StateStore(tmp_path / "resume", keep=2, behind=5)
+    for step in range(0, 40, every):
+        store.save(step, {"model": {"w": torch.zeros(1)}}, {})
+        left = sorted(int(path.name[-8:]) for path in store.directory.glob("step-*"))
+        assert left[-2:] == [step - every, step][-len(left) :] and len(left) <= 4
+        assert left[0] == 0 if step < 5 else any(step - 10 - every < other <= step - 5 for other in left)
+
+
+def test_saves_after_a_step_can_be_dropped(tmp_path: Path) -> None:
+    store = StateStore(tmp_path / "resume", keep=9)
+    for step in (0, 4, 8, 12):
+        store.save(step, {"model": {"w": torch.full((1,), float(step))}}, {})
+    found = store.latest(at_most=7)
+    assert found is not None and found.step == 4
+    store.drop_after(4)
+    newest, oldest = store.latest(), store.oldest()
+    assert newest is not None and oldest is not None and (oldest.step, newest.step) == (0, 4)
+
+
 def test_older_saves_are_pruned_only_after_the_new_one_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
