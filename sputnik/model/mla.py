@@ -77,16 +77,19 @@ class MLA(nn.Module):
     def _fused(self, x: Tensor, now: Pass) -> Tensor:
         """`expanded` and all rotations in one kernel: nothing is copied or padded for it."""
         latent, key = torch.split(self.kv_a_proj_with_mqa(x), [self.latent, self.rope], dim=-1)
-        weight = self.kv_b_proj.weight.to(now.dtype)  # fp32 in a `lowered` copy, for `absorbed`
-        up = F.linear(self.kv_a_layernorm(latent).to(now.dtype), weight).unflatten(-1, (self.heads, -1))
+        up = self.raised(self.kv_a_layernorm(latent), now)
         segments = fused.batch_segments(*x.shape[:2]) if now.segments is None else now.segments
         q_nhq, up_nhx, key_nr = self._queries(x, now).flatten(0, 1), up.flatten(0, 1), key.flatten(0, 1)
         return fused.causal_latent(q_nhq, up_nhx, key_nr, now.turn[0], segments, self.scale).view(*x.shape[:2], -1)
 
+    def raised(self, latent_btc: Tensor, now: Pass) -> Tensor:
+        """Unrotated keys and values of all heads, (B, T, H, N + V)."""
+        weight = self.kv_b_proj.weight.to(now.dtype)  # fp32 in a `lowered` copy, for `absorbed`
+        return F.linear(latent_btc.to(now.dtype), weight).unflatten(-1, (self.heads, -1))
+
     def expanded(self, q_bthq: Tensor, latent_btc: Tensor, key_btr: Tensor, now: Pass) -> Tensor:
         """Causal attention over the pass's own tokens -> (B, T, H*V)."""
-        weight = self.kv_b_proj.weight.to(now.dtype)  # fp32 in a `lowered` copy, for `absorbed`
-        up_bthx = F.linear(latent_btc.to(now.dtype), weight).unflatten(-1, (self.heads, -1))
+        up_bthx = self.raised(latent_btc, now)
         k_bthq, v_bthq = _KeysValues.apply(up_bthx, key_btr.to(now.core), self.nope)  # type: ignore[no-untyped-call]
         out = attend(q_bthq.transpose(1, 2), k_bthq.transpose(1, 2), v_bthq.transpose(1, 2), self.scale)
         return out.transpose(1, 2)[..., : self.value].flatten(2)
