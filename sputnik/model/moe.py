@@ -173,15 +173,21 @@ class MoE(nn.Module):
         shared = config.n_shared_experts
         self.shared_experts = MLP(config.hidden_size, width * shared) if shared else None
 
-    def forward(self, x_btd: Tensor, token_mask: Tensor | None, given: Tensor | None = None) -> tuple[Tensor, Route]:
+    def forward(
+        self, x_btd: Tensor, token_mask: Tensor | None, given: Tensor | None = None, segments: Tensor | None = None
+    ) -> tuple[Tensor, Route]:
         """x (B, T, D) as the norm gave it; token_mask (B, T), False = not counted in load and balance; `given`
-        (B, T, K): experts to replay (Gate)."""
+        (B, T, K): experts to replay (Gate); `segments` (S, 4): the sequences that x (1, N, D) holds."""
         scores, weights, chosen = self.gate(x_btd.flatten(0, 1), None if given is None else given.flatten(0, 1))
         x = x_btd.to(compute_dtype(self.experts.down_proj))
         routed = self.experts(x.flatten(0, 1), weights, chosen).view_as(x)
         out = routed if self.shared_experts is None else self.shared_experts(x) + routed
         valid = None if token_mask is None else token_mask.flatten()
-        loss = self._balance_loss(scores, chosen, x.shape[0], valid) if self.training else None
+        loss = None
+        if self.training and segments is not None:
+            loss = self._packed_balance_loss(scores, chosen, segments, valid)
+        elif self.training:
+            loss = self._balance_loss(scores, chosen, x.shape[0], valid)
         return out, Route(self.layer, scores.shape[1], chosen, valid, loss)
 
     def _balance_loss(self, scores: Tensor, chosen: Tensor, batch: int, valid: Tensor | None) -> Tensor:
@@ -195,6 +201,20 @@ class MoE(nn.Module):
         p_bte = (scores / scores.sum(dim=-1, keepdim=True)).view(batch, -1, experts)
         p_be = (p_bte * valid_bt[:, :, None]).sum(dim=1) / length_b1
         return (f_be * p_be).sum(dim=-1).mean()
+
+    def _packed_balance_loss(self, scores: Tensor, chosen: Tensor, segments: Tensor, valid: Tensor | None) -> Tensor:
+        """The same for segments of a packed row, which follow one another."""
+        experts, picks = scores.shape[1], chosen.shape[1]
+        counted = scores.new_ones(len(scores)) if valid is None else valid.to(scores.dtype)
+        owner = torch.arange(len(segments), device=scores.device).repeat_interleave(segments[:, 1])
+        length_s1 = scores.new_zeros(len(segments)).index_add_(0, owner, counted).clamp_(min=1)[:, None]
+        count_se = scores.new_zeros(len(segments) * experts).index_add_(
+            0, (owner[:, None] * experts + chosen).flatten(), counted.repeat_interleave(picks)
+        )
+        f_se = count_se.view(-1, experts) * experts / (picks * length_s1)
+        p_ne = scores / scores.sum(dim=-1, keepdim=True) * counted[:, None]
+        p_se = scores.new_zeros(f_se.shape).index_add(0, owner, p_ne) / length_s1
+        return (f_se * p_se).sum(dim=-1).mean()
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ class DecoderLayer(nn.Module):
         seen = self.self_attn(self.input_layernorm(x).to(now.dtype), now)
         x, inner = self.post_attention_layernorm.after_adding(x, seen)
         if isinstance(self.mlp, MoE):
-            out, route = self.mlp(inner, token_mask, now.routes.get(self.mlp.layer))
+            out, route = self.mlp(inner, token_mask, now.routes.get(self.mlp.layer), now.segments)
             return x + out, route
         return x + self.mlp(inner.to(now.dtype)), None
 
@@ -106,11 +106,8 @@ class Transformer(nn.Module):
         tokens = ids.shape[1]
         if token_mask is None and lengths is not None:
             token_mask = torch.arange(tokens, device=ids.device) < lengths[:, None]
-        now = self._pass(tokens, ids.device, cache)
-        if segments is not None:
-            assert cache is None and fused.usable(now.turn.real), "packed sequences need the training kernels"
-            longest = int((segments[:, 1] + segments[:, 3]).max())
-            now = replace(now, turn=self.rope.table(longest, ids.device)[None], segments=segments)
+        assert cache is None or segments is None
+        now = self._pass(tokens, ids.device, cache) if segments is None else self._packed_pass(segments)
         if routes is not None:
             now = replace(now, routes=dict(zip(self._expert_layers(), routes, strict=True)))
         x, taken = self.model.embed_tokens(ids), []
@@ -125,20 +122,34 @@ class Transformer(nn.Module):
     def _expert_layers(self) -> list[int]:
         return [layer for layer in range(self.config.num_hidden_layers) if self.config.is_moe_layer(layer)]
 
-    def mtp_hidden(self, residual: Tensor, ids: Tensor, token_mask: Tensor | None = None) -> Ahead:
+    def mtp_hidden(
+        self, residual: Tensor, ids: Tensor, token_mask: Tensor | None = None, segments: Tensor | None = None
+    ) -> Ahead:
         """Run the prediction modules on `Trunk.residual` (B, T, D) of the same ids (B, T). A depth gets the output of
-        the one before after its norm (depth 1: the main model's), as serving engines feed the released weights."""
+        the one before after its norm (depth 1: the main model's), as serving engines feed the released weights. With
+        `segments` of `trunk`, none of them a prefix, depth k gives all N rows; the last k of each segment mean nothing,
+        and no load counts them."""
         ahead = Ahead([], [])
         hidden = self.model.norm(residual)
         for k, module in enumerate(self.mtp, start=1):
-            length = ids.shape[1] - k
-            embedded = self.model.embed_tokens(ids[:, k:])
-            mask = None if token_mask is None else token_mask[:, k:]
-            hidden, route = module(embedded, hidden[:, :length], self._pass(length, ids.device, None), mask)
+            if segments is None:
+                length = ids.shape[1] - k
+                now, further, hidden = self._pass(length, ids.device, None), ids[:, k:], hidden[:, :length]
+                mask = None if token_mask is None else token_mask[:, k:]
+            else:
+                now, further = self._packed_pass(segments), ids.roll(-k, dims=1)
+                mask = _all_but_last(segments, k)[None]
+            hidden, route = module(self.model.embed_tokens(further), hidden, now, mask)
             ahead.hidden.append(hidden)
             if route is not None:
                 ahead.routes.append(route)
         return ahead
+
+    def _packed_pass(self, segments: Tensor) -> Pass:
+        longest = int((segments[:, 1] + segments[:, 3]).max())
+        now = self._pass(longest, segments.device, None)
+        assert fused.usable(now.turn.real), "packed sequences need the training kernels"
+        return replace(now, segments=segments)
 
     def _pass(self, tokens: int, device: torch.device, cache: Cache | None) -> Pass:
         dtype = compute_dtype(cast(DecoderLayer, self.model.layers[0]).self_attn.o_proj.weight)
@@ -183,3 +194,12 @@ class Transformer(nn.Module):
                         rounded = rounded.float()
                     memo[id(weight)] = nn.Parameter(rounded, requires_grad=False)
         return copy.deepcopy(self, memo).eval()
+
+
+def _all_but_last(segments: Tensor, count: int) -> Tensor:
+    """(N,) False on the last `count` rows of each segment."""
+    starts, lengths = segments[:, 0], segments[:, 1]
+    mask = torch.ones(int(lengths.sum()), dtype=torch.bool, device=segments.device)
+    for back in range(1, count + 1):
+        mask[(starts + lengths - back)[lengths >= back]] = False
+    return mask
