@@ -37,6 +37,7 @@ SHIPPED = (
     ("arithmetic", "sputnik.tasks.arithmetic:Arithmetic"),
     ("countdown", "sputnik.tasks.countdown:Countdown"),
     ("gym", "sputnik.tasks.gym:Gym"),
+    ("ladder", "sputnik.tasks.ladder:Rung"),
     ("math", "sputnik.tasks.math:MathFile"),
     ("mix", "sputnik.tasks.mixture:Mixture"),
     ("choice", "sputnik.tasks.choice:ChoiceFile"),

@@ -125,7 +125,7 @@ def test_best_constant_is_the_commonest_gold() -> None:
 @pytest.mark.parametrize(
     ("spec", "options", "error", "message"),
     [
-        ("arithmetics", {}, TaskError, "known: arithmetic, countdown, gym, math, mix"),
+        ("arithmetics", {}, TaskError, "known: arithmetic, countdown, gym, ladder, math, mix"),
         ("arithmetic", {"term": [3, 4]}, ConfigError, "did you mean 'terms'"),
         ("arithmetic", {"terms": [4, 3]}, ConfigError, "shortest <= longest"),
         ("arithmetic", {"operators": "+/"}, ConfigError, "choose from"),
