@@ -6,7 +6,8 @@ Per step: cross-entropy + lambda x MTP loss + alpha x sequence balance loss over
 clipped to 1, AdamW, then the routing biases move by gamma after the load of the whole batch, then the moving average of
 the weights. STAGE/checkpoint is written at the end; after a kill the same call goes on, see train/loop.py.
 
-Left out: several processes, FP8, and context extension (V3 4.3).
+Left out: several processes, the speed of FP8 (its rounding is there: model/fp8_products.py), and context extension
+(V3 4.3).
 """
 
 import time
@@ -21,12 +22,13 @@ from rich.table import Table
 from torch import Tensor
 
 from sputnik.config import to_dict
-from sputnik.cost import Meter, device_hours, parameters, training_flops_per_token
+from sputnik.cost import Meter, device_hours, kv_bytes_per_token, parameters, training_flops_per_token
 from sputnik.engine.sampler import autocast
 from sputnik.errors import ConfigError
 from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import save_model
 from sputnik.model.config import ModelConfig
+from sputnik.model.fp8_products import emulate
 from sputnik.model.head import head_loss
 from sputnik.model.moe import Route, update_bias
 from sputnik.model.transformer import Transformer
@@ -76,8 +78,9 @@ class PretrainConfig:
     """Moving average of the weights, per step."""
     release: Literal["raw", "ema"] = "raw"
     """Which weights the checkpoint holds."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: matrix products under autocast; weights, router and loss stay in FP32. auto: what is faster here."""
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"
+    """bf16: matrix products under autocast; weights, router and loss stay in FP32. auto: the faster of the two here.
+    fp8: what the report's FP8 products would round, on top of FP32; slower than either."""
     evaluations: int = 10
     """Evenly spaced over the run, the last one after the last step."""
     held_out_rows: int = 32
@@ -119,8 +122,8 @@ class Pretraining:
         self, config: PretrainConfig, model: Transformer, tok: Tokenizer, corpus: PackedCorpus, held_out: PackedCorpus
     ) -> None:
         self.config = config
-        self.precision = resolve_precision(config.precision)
-        self.model = model
+        self.precision = "fp32" if config.precision == "fp8" else resolve_precision(config.precision)
+        self.model = emulate(model) if config.precision == "fp8" else model
         self.plan = Plan.make(config.tokens // config.length, config.batch)
         self.corpus = corpus
         self.optimizer = adamw(model, config.lr, weight_decay=config.weight_decay)
@@ -308,7 +311,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a model from scratch into `out` (metrics, saves, checkpoint), or go on where a killed call was; a call
     after the last step changes nothing. `corpus` and `held_out` are folders of token shards. Returns where the
-    metrics ended."""
+    metrics ended, and sizes; the cache's bytes are BF16's."""
     training = PackedCorpus(corpus, config.length, config.seed)
     validation = PackedCorpus(held_out, config.length, config.seed)
     _require_fit(config, model_config, tok, training, validation)
@@ -333,13 +336,21 @@ def pretrain(
             stage.ema.copy_to(model)
         save_model(model, checkpoint, tokenizer=tok)
     last = read_jsonl(out / "metrics.jsonl")[-1]
-    return {key: last[key] for key in ("tokens", "loss", "val_loss", "bits_per_byte")}
+    count = parameters(model_config)
+    return {
+        **{key: last[key] for key in ("tokens", "loss", "val_loss", "bits_per_byte")},
+        "parameters": count.total,
+        "active_parameters": count.active,
+        "cache_bytes_per_token": kv_bytes_per_token(model_config),
+        "flops_per_token": stage.flops_per_token,
+    }
 
 
 def _identity(stage: Pretraining, corpus: PackedCorpus, held_out: PackedCorpus) -> dict[str, Any]:
     """Everything the result depends on; "auto" is written out, since another day's measurement may decide otherwise."""
     settings = {key: value for key, value in to_dict(stage.config).items() if key not in OUTCOME_FREE}
-    settings["precision"] = stage.precision
+    if stage.config.precision == "auto":
+        settings["precision"] = stage.precision
     model = {f"model.{key}": value for key, value in to_dict(stage.model.config).items()}
     return {**settings, **model, "corpus": corpus.info.sha256, "held_out": held_out.info.sha256}
 

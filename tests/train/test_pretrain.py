@@ -159,6 +159,14 @@ def test_bf16_computes_nearly_the_same_losses_and_keeps_fp32_gradients(base: Bas
     assert {value.dtype for value in gradients(rough).values()} == {torch.float32}
 
 
+def test_fp8_rounds_the_products_and_keeps_fp32_gradients(base: Base) -> None:
+    exact, rough = make_stage(base), make_stage(base, replace(SHORT, precision="fp8"))
+    one, other = exact.accumulate(batch_of(exact), 0.3), rough.accumulate(batch_of(rough), 0.3)
+    assert 0 < abs(float(one.loss) - float(other.loss)) < 0.01 * float(one.loss)
+    assert 0 < abs(float(one.mtp) - float(other.mtp)) < 0.01 * float(one.mtp)
+    assert {value.dtype for value in gradients(rough).values()} == {torch.float32}
+
+
 def test_load_figures_find_the_worst_layer_and_the_dead() -> None:
     load = {1: torch.tensor([4.0, 4.0, 4.0, 4.0]), 2: torch.tensor([12.0, 4.0, 0.0, 0.0])}
     assert load_figures(load) == {"expert_imbalance": 3.0, "dead_experts": 2}
@@ -247,6 +255,23 @@ def test_other_settings_in_the_same_directory_are_refused(base: Base, tmp_path: 
     with pytest.raises(DataError, match=r"begun with other settings \(lr was 0.002, is 0.001\)"):
         run(base, tmp_path / "base", replace(SHORT, lr=1e-3))
     run(base, tmp_path / "base", replace(SHORT, save_seconds=1.0, save_steps=3))  # changes nothing about the result
+
+
+def test_a_run_in_fp8_ends_near_one_in_fp32_and_is_not_taken_for_it(base: Base, tmp_path: Path) -> None:
+    plain, rounded = run(base, tmp_path / "plain"), run(base, tmp_path / "fp8", replace(SHORT, precision="fp8"))
+    assert 0 < abs(rounded["val_loss"] - plain["val_loss"]) < 0.01 * plain["val_loss"]
+    assert (
+        rounded["parameters"]
+        == plain["parameters"]
+        == sum(
+            weight.numel()
+            for name, weight in load_model(tmp_path / "fp8/checkpoint").named_parameters()
+            if "mtp" not in name
+        )
+    )
+    assert plain["cache_bytes_per_token"] == 2 * (16 + 4) * 2  # two layers, latent and rotary key, two bytes
+    with pytest.raises(DataError, match="precision was 'fp8', is 'fp32'"):
+        run(base, tmp_path / "fp8")
 
 
 def test_auto_precision_that_decides_otherwise_is_refused(
