@@ -12,7 +12,7 @@ CEILINGS = {
     "(top)": 1000,
     "cli": 2300,
     "engine": 4200,
-    "eval": 1500,
+    "eval": 2100,
     "model": 4200,
     "recipe": 3800,
     "serve": 6000,

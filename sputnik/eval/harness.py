@@ -5,28 +5,24 @@
     print(result.pass_at_1)        61.3 % [55.0, 67.2] (n=200, k=16)
 
 The protocol is R1's (supplement D.1): zero-shot, sampled, pass@1 = mean correctness of the samples, cons@k = majority
-vote. A cut-off answer is TRUNCATED and an empty one UNPARSEABLE without asking the verifier; both, and TIMEOUT, count
-as not correct. BAD_GOLD and ERROR are faults of ours: the question or the sample leaves the denominator, and
-`warnings` says so.
+vote. `examine` does the same with whatever can be asked: `models.Local` on the engine, `client.Endpoint` behind HTTP.
 
-Left out: few-shot prompts, judges that are models, endpoints behind HTTP.
+Left out: few-shot prompts, judges that are models.
 """
 
-import json
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Protocol
 
+from sputnik.config import config_hash
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sampler import Generation
-from sputnik.errors import ConfigError, TaskError
-from sputnik.eval.stats import Interval, cons_at_k, pass_at_1, pass_at_k
+from sputnik.errors import ConfigError
+from sputnik.eval.records import FAILED, Question, Record, open_book
+from sputnik.eval.results import EvalResult, Setting, summarise
 from sputnik.tasks.base import BestConstant, Judgement, Problem, Task, Verdict, best_constant, normalised
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import Completion, Prompt, parse, render, template_hash
@@ -45,46 +41,6 @@ class Generates(Protocol):
 
 
 @dataclass(frozen=True)
-class EvalResult:
-    """Scores with all that is needed to doubt them. Lengths are in tokens; shares are of all samples."""
-
-    task: str
-    task_version: str
-    template: str
-    template_hash: str
-    decoding: dict[str, Any]
-    n: int
-    k: int
-    pass_at_1: Interval
-    cons_at_k: Interval
-    pass_at_k: dict[str, Interval]
-    """By number of samples: "1", "2", "4", ... and k."""
-    best_constant: BestConstant
-    """What one and the same answer to all questions would score."""
-    verdicts: dict[str, int]
-    """All seven, zeros too."""
-    truncated: float
-    well_formed: float
-    self_check: float
-    length: float
-    length_finished: float
-    thinking_length: float
-    seconds: float
-    tokens_per_s: float
-    """Generated tokens per second of generation."""
-    warnings: tuple[str, ...]
-    """What a reader must know before believing the score; empty when all is well."""
-    questions: tuple[tuple[str, float], ...]
-    """(problem id, share correct) of every judged question, for paired comparison."""
-    samples: tuple[dict[str, Any], ...]
-
-    def to_dict(self, samples: bool = False) -> dict[str, Any]:
-        """Plain JSON values; the samples only if asked for, they are long."""
-        plain = asdict(self)
-        return plain if samples else {key: value for key, value in plain.items() if key != "samples"}
-
-
-@dataclass(frozen=True)
 class Answer:
     """One sample and what was decided about it."""
 
@@ -98,9 +54,7 @@ class Answer:
         return self.judgement.verdict is Verdict.CORRECT
 
     def vote(self, task: Task) -> str | None:
-        """What this sample says in a majority vote; one that could not be read has none."""
-        readable = self.judgement.verdict in (Verdict.CORRECT, Verdict.WRONG)
-        return normalised(task, self.problem, self.completion.answer) if readable else None
+        return vote(task, self.problem, self.completion, self.judgement)
 
     def thinking_length(self, tok: Tokenizer) -> int:
         """Tokens of the thought."""
@@ -121,6 +75,79 @@ class Answer:
         }
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What came of asking once, whoever was asked. `length` in tokens; `error` says why there is nothing to judge."""
+
+    completion: Completion
+    text: str
+    finish: str
+    length: int
+    thinking_length: int
+    error: str = ""
+
+
+NOTHING = Completion(thinking="", answer="", closed=False, truncated=False, well_formed=False)
+
+
+def failed_reply(reason: str) -> Reply:
+    return Reply(NOTHING, "", FAILED, 0, 0, error=reason)
+
+
+Written = list[tuple[Problem, int, Reply]]
+"""Problem, number of the sample, what was replied."""
+
+
+class Model(Protocol):
+    """Whoever can be asked. `identity` is JSON: all that an answer depends on beside the question."""
+
+    @property
+    def setting(self) -> Setting: ...
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def usage(self) -> dict[str, int]: ...
+
+    def ask(self, questions: Sequence[Question], k: int) -> Iterator[Written]:
+        """The samples that are asked for, in any order, in whatever lots they are done."""
+
+
+class Policy:
+    """Weights in memory, asked `ROWS` answers at a time. Each lot has a seed of its own: all would share their luck."""
+
+    def __init__(self, sampler: Generates, tok: Tokenizer, params: SamplingParams, template: str = "chat") -> None:
+        self.sampler, self.tok, self.params, self.template = sampler, tok, params, template
+        self.usage: dict[str, int] = {}
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.template, template_hash(self.template), self.params.settings())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"template": template_hash(self.template), "decoding": self.params.settings()}
+
+    def ask(self, questions: Sequence[Question], k: int) -> Iterator[Written]:
+        size = max(1, ROWS // k)
+        for start in range(0, len(questions), size):
+            part = questions[start : start + size]
+            prompts = [prompt_of(self.tok, question.problem, self.template) for question in part]
+            seed = random.Random(f"{self.params.seed}/{start}").getrandbits(63)
+            drawn = self.sampler.generate([prompt.ids for prompt in prompts], replace(self.params, seed=seed), n=k)
+            yield [
+                (question.problem, sample, self._reply(generations[sample], prompt))
+                for question, prompt, generations in zip(part, prompts, drawn, strict=True)
+                for sample in question.samples
+            ]
+
+    def _reply(self, generation: Generation, prompt: Prompt) -> Reply:
+        completion = _parsed(self.tok, generation, prompt, self.template)
+        thought = thought_tokens(self.tok, generation.ids, prompt.in_thought)
+        return Reply(completion, self.tok.decode(generation.ids), generation.finish, len(generation.ids), thought)
+
+
 def evaluate(
     sampler: Generates,
     tok: Tokenizer,
@@ -139,36 +166,114 @@ def evaluate(
 
     `baseline` spares the search for the best constant answer when the same problems are evaluated again and again.
     """
+    model = Policy(sampler, tok, params, template)
+    return examine(model, task, pool, problems, k=k, samples_to=samples_to, on_progress=on_progress, baseline=baseline)
+
+
+def examine(
+    model: Model,
+    task: Task,
+    pool: VerifierPool,
+    problems: Sequence[Problem],
+    *,
+    k: int,
+    samples_to: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    baseline: BestConstant | None = None,
+) -> EvalResult:
+    """`evaluate` for any model. What `samples_to` already holds is not asked again."""
+    setting = model.setting
     if k < 1 or not problems:
         raise ConfigError(f"nothing to evaluate: {len(problems)} questions with k={k}; both must be at least 1")
-    if params.temperature == 0 and k > 1:
+    if setting.decoding.get("temperature") == 0 and k > 1:
         raise ConfigError(f"temperature 0 gives the same answer k={k} times; set k=1 or temperature=0.6")
-    started, generating = time.perf_counter(), 0.0
-    answers: list[list[Answer]] = []
-    with ExitStack() as files:
-        log = files.enter_context(samples_to.open("w", encoding="utf-8")) if samples_to else None
-        for part, chunk_params in _chunks(problems, k, params):
-            prompts = [render(tok, [{"role": "user", "content": p.prompt}], template=template) for p in part]
+    started, generating, tokens = time.perf_counter(), 0.0, 0
+    key = config_hash({"model": model.identity, "task": task.name, "version": task.version})
+    with open_book(samples_to, key) as book:
+        questions = book.missing(problems, k)
+        left = {question.problem.id: len(question.samples) for question in questions}
+        done = len(problems) - len(left)
+        lots = model.ask(questions, k) if questions else iter(())
+        while True:
             begun = time.perf_counter()
-            drawn = sampler.generate([prompt.ids for prompt in prompts], chunk_params, n=k)
+            written = next(lots, None)
             generating += time.perf_counter() - begun
-            judged = judge_generations(tok, pool, part, prompts, drawn, template)
-            answers += judged
-            if log is not None:
-                log.writelines(json.dumps(a.record(tok), ensure_ascii=False) + "\n" for group in judged for a in group)
-                log.flush()
+            if written is None:
+                break
+            book.add(judge_replies(task, pool, written, key))
+            tokens += sum(reply.length for _, _, reply in written)
+            for problem, _, _ in written:
+                left[problem.id] -= 1
+                done += left[problem.id] == 0
             if on_progress is not None:
-                on_progress(len(answers), len(problems))
-    return _result(
-        tok,
+                on_progress(done, len(problems))
+        book.put_in_order(problems)
+        groups = book.of(problems, k)
+    return summarise(
+        groups,
+        problems,
         task,
-        answers,
-        {**params.settings(), "k": k},
-        template,
+        setting,
+        k,
         baseline or best_constant(problems, pool.verify),
-        time.perf_counter() - started,
-        generating,
+        seconds=time.perf_counter() - started,
+        tokens_per_s=tokens / generating if tokens else 0.0,
+        usage=model.usage,
     )
+
+
+def thought_tokens(tok: Tokenizer, ids: Sequence[int], in_thought: bool) -> int:
+    """How many of `ids` stand inside a thought, tags not counted."""
+    count = 0
+    for id in ids if tok.has_thoughts else ():
+        if id in (tok.think_id, tok.end_think_id):
+            in_thought = id == tok.think_id
+        else:
+            count += in_thought
+    return count
+
+
+def prompt_of(tok: Tokenizer, problem: Problem, template: str) -> Prompt:
+    return render(tok, [{"role": "user", "content": problem.prompt}], template=template)
+
+
+def judge_replies(task: Task, pool: VerifierPool, written: Written, key: str = "") -> list[Record]:
+    """The verdict on each reply."""
+    judgements = iter(judge_completions(pool, [(p, reply.completion) for p, _, reply in written if not reply.error]))
+    records = []
+    for problem, sample, reply in written:
+        judgement = Judgement(Verdict.ERROR, reply.error) if reply.error else next(judgements)
+        records.append(_record(task, problem, sample, reply, judgement, key))
+    return records
+
+
+def _record(task: Task, problem: Problem, sample: int, reply: Reply, judgement: Judgement, key: str) -> Record:
+    completion = reply.completion
+    return Record(
+        key=key,
+        problem_id=problem.id,
+        sample=sample,
+        family=str(problem.meta.get("family", "")),
+        prompt=problem.prompt,
+        gold=problem.gold,
+        completion=reply.text,
+        thinking=completion.thinking,
+        answer=completion.answer,
+        verdict=judgement.verdict.value,
+        detail=judgement.detail,
+        vote=vote(task, problem, completion, judgement),
+        finish=reply.finish,
+        length=reply.length,
+        thinking_length=reply.thinking_length,
+        well_formed=completion.well_formed,
+        self_check=task.self_checks(completion.thinking),
+    )
+
+
+def vote(task: Task, problem: Problem, completion: Completion, judgement: Judgement) -> str | None:
+    """What a sample says in a majority vote; one that could not be read has none."""
+    readable = judgement.verdict in (Verdict.CORRECT, Verdict.WRONG)
+    return normalised(task, problem, completion.answer) if readable else None
 
 
 def judge_generations(
@@ -179,105 +284,34 @@ def judge_generations(
     drawn: Sequence[Sequence[Generation]],
     template: str,
 ) -> list[list[Answer]]:
-    """Parse and judge; only finished answers with something to read go to the verifiers."""
+    """Parse and judge the answers to each problem."""
     parsed = [
-        [_parsed(tok, problem, generation, prompt, template) for generation in generations]
+        [(problem, _parsed(tok, generation, prompt, template)) for generation in generations]
         for problem, prompt, generations in zip(problems, prompts, drawn, strict=True)
     ]
-    open_ones = [answer for group in parsed for answer in group if _verifiable(answer)]
-    judgements = iter(pool.verify([(answer.problem, answer.completion.answer) for answer in open_ones]))
-    return [[replace(a, judgement=next(judgements)) if _verifiable(a) else a for a in group] for group in parsed]
+    judgements = iter(judge_completions(pool, [pair for group in parsed for pair in group]))
+    return [
+        [Answer(problem, each, completion, next(judgements)) for each, (problem, completion) in zip(generations, group)]
+        for generations, group in zip(drawn, parsed, strict=True)
+    ]
 
 
-def _parsed(tok: Tokenizer, problem: Problem, generation: Generation, prompt: Prompt, template: str) -> Answer:
+def judge_completions(pool: VerifierPool, written: Sequence[tuple[Problem, Completion]]) -> list[Judgement]:
+    """Only finished answers with something to read go to the verifiers."""
+    found = [_unreadable(completion) for _, completion in written]
+    readable = [(p, completion.answer) for (p, completion), known in zip(written, found, strict=True) if known is None]
+    judgements = iter(pool.verify(readable))
+    return [next(judgements) if known is None else known for known in found]
+
+
+def _unreadable(completion: Completion) -> Judgement | None:
+    if completion.truncated:
+        return Judgement(Verdict.TRUNCATED, "cut off by max_tokens")
+    if not completion.closed:
+        return Judgement(Verdict.UNPARSEABLE, "the thought never ends")
+    return None if completion.answer else Judgement(Verdict.UNPARSEABLE, "no answer")
+
+
+def _parsed(tok: Tokenizer, generation: Generation, prompt: Prompt, template: str) -> Completion:
     finished = generation.finish == "stop"
-    completion = parse(tok, generation.ids, in_thought=prompt.in_thought, finished=finished, template=template)
-    if not finished:
-        return Answer(problem, generation, completion, Judgement(Verdict.TRUNCATED, "cut off by max_tokens"))
-    missing = "the thought never ends" if not completion.closed else "no answer"
-    return Answer(problem, generation, completion, Judgement(Verdict.UNPARSEABLE, missing))
-
-
-def _verifiable(answer: Answer) -> bool:
-    return answer.generation.finish == "stop" and answer.completion.closed and bool(answer.completion.answer)
-
-
-def _chunks(
-    problems: Sequence[Problem], k: int, params: SamplingParams
-) -> Iterator[tuple[Sequence[Problem], SamplingParams]]:
-    """Questions that fill `ROWS` rows; each chunk has its own seed, for with one seed all would share their luck."""
-    size = max(1, ROWS // k)
-    for start in range(0, len(problems), size):
-        seed = random.Random(f"{params.seed}/{start}").getrandbits(63)
-        yield problems[start : start + size], replace(params, seed=seed)
-
-
-def _result(
-    tok: Tokenizer,
-    task: Task,
-    answers: Sequence[Sequence[Answer]],
-    decoding: dict[str, Any],
-    template: str,
-    baseline: BestConstant,
-    seconds: float,
-    generating: float,
-) -> EvalResult:
-    every = [answer for group in answers for answer in group]
-    counts = Counter(answer.judgement.verdict for answer in every)
-    judged = _judged(answers)
-    if not judged:
-        detail = next((a.judgement.detail for a in every if a.judgement.detail), "no detail given")
-        raise TaskError(f"task {task.name!r}: no answer could be judged ({detail}); mend its verifier or gold answers")
-    correct = [[answer.correct for answer in group] for group in judged]
-    k = decoding["k"]
-    finished = [len(answer.generation.ids) for answer in every if answer.generation.finish == "stop"]
-    tokens = sum(len(answer.generation.ids) for answer in every)
-    powers = {2**i for i in range(k.bit_length())}
-    most = max(map(len, correct))  # errors may have taken samples from every question
-    return EvalResult(
-        task=task.name,
-        task_version=task.version,
-        template=template,
-        template_hash=template_hash(template),
-        decoding=decoding,
-        n=len(answers),
-        k=k,
-        pass_at_1=pass_at_1(correct),
-        cons_at_k=cons_at_k([[(answer.vote(task), answer.correct) for answer in group] for group in judged]),
-        pass_at_k={str(j): pass_at_k(correct, j) for j in sorted(powers | {k}) if j <= most},
-        best_constant=baseline,
-        verdicts={verdict.value: counts[verdict] for verdict in Verdict},
-        truncated=counts[Verdict.TRUNCATED] / len(every),
-        well_formed=fmean(answer.completion.well_formed for answer in every),
-        self_check=fmean(task.self_checks(answer.completion.thinking) for answer in every),
-        length=tokens / len(every),
-        length_finished=fmean(finished) if finished else 0.0,
-        thinking_length=fmean(answer.thinking_length(tok) for answer in every),
-        seconds=seconds,
-        tokens_per_s=tokens / generating,
-        warnings=tuple(_warnings(answers, counts, len(every))),
-        questions=tuple((group[0].problem.id, fmean(answer.correct for answer in group)) for group in judged),
-        samples=tuple(answer.record(tok) for answer in every),
-    )
-
-
-def _judged(answers: Sequence[Sequence[Answer]]) -> list[list[Answer]]:
-    """What enters the scores: no question with a bad gold answer, no sample whose verifier broke."""
-    sound = [group for group in answers if all(a.judgement.verdict is not Verdict.BAD_GOLD for a in group)]
-    kept = [[answer for answer in group if answer.judgement.verdict is not Verdict.ERROR] for group in sound]
-    return [group for group in kept if group]
-
-
-def _warnings(answers: Sequence[Sequence[Answer]], counts: Counter[Verdict], total: int) -> Iterator[str]:
-    def first(verdict: Verdict) -> str:
-        answer = next(a for group in answers for a in group if a.judgement.verdict is verdict)
-        return f"{answer.problem.id}: {answer.judgement.detail or answer.problem.gold}"
-
-    if counts[Verdict.BAD_GOLD]:
-        bad = sum(any(a.judgement.verdict is Verdict.BAD_GOLD for a in group) for group in answers)
-        yield f"{bad} of {len(answers)} questions left out, gold answer not readable (first: {first(Verdict.BAD_GOLD)})"
-    if counts[Verdict.ERROR]:
-        yield f"{counts[Verdict.ERROR]} of {total} samples left out, verifier broke (first: {first(Verdict.ERROR)})"
-    for verdict, fix in ((Verdict.TRUNCATED, "raise max_tokens"), (Verdict.TIMEOUT, "raise the verifier's deadline")):
-        if counts[verdict] > total / 10:
-            yield f"{counts[verdict]} of {total} samples {verdict.value}, counted as not correct; {fix}"
+    return parse(tok, generation.ids, in_thought=prompt.in_thought, finished=finished, template=template)

@@ -15,16 +15,26 @@ What no interval covers: other templates, other seeds of training, leaked questi
 """
 
 import math
+import random
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
 from statistics import fmean
+
+import numpy as np
 
 from sputnik.errors import DataError
 
 Z95 = 1.959964
 INFORMATIVE = 5
+FINEST = 5040
+"""Question means are multiples of 1/k; where lost samples leave no common k up to this one, they are rounded to it."""
+SUBSETS = 200
+"""Votes of k out of n samples are averaged over all subsets, or over so many drawn ones if there are more."""
 
+Ballot = tuple[Hashable | None, bool]
 Samples = Sequence[Sequence[bool]]
 """Per question, whether each of its samples is correct. Questions may have lost samples."""
 
@@ -59,18 +69,27 @@ def pass_at_k(correct: Samples, k: int) -> Interval:
     return interval95(means, [drawn // k for drawn, _ in counts], k)
 
 
-def cons_at_k(votes: Sequence[Sequence[tuple[Hashable | None, bool]]]) -> Interval:
+def cons_at_k(votes: Sequence[Sequence[Ballot]], k: int | None = None) -> Interval:
     """Majority vote: per question, (normalised answer, correct) of each sample; None, unreadable, has no vote.
 
     A tie counts as its expectation when the winner is drawn at random: 1/2 if one of two tied answers is right. So the
-    score depends on neither the order of samples nor a seed. No votes at all is a wrong answer.
+    score depends on neither the order of samples nor a seed. No votes at all is a wrong answer. With `k`, only so many
+    vote: the mean over subsets of a question's samples, questions with fewer left out.
     """
-    questions = [samples for samples in votes if samples]
-    most = max(map(len, questions), default=1)
-    return interval95([_vote(samples) for samples in questions], [1] * len(questions), most)
+    questions = [samples for samples in votes if samples and len(samples) >= (k or 1)]
+    most = max(map(len, questions), default=1) if k is None else k
+    means = [fmean(_vote(part) for part in _subsets(samples, k or len(samples))) for samples in questions]
+    return interval95(means, [max(1, len(samples) // most) for samples in questions], most)
 
 
-def _vote(samples: Sequence[tuple[Hashable | None, bool]]) -> float:
+def _subsets(samples: Sequence[Ballot], k: int) -> Iterable[Sequence[Ballot]]:
+    if math.comb(len(samples), k) <= SUBSETS:
+        return combinations(samples, k)
+    chance = random.Random(k)
+    return (chance.sample(samples, k) for _ in range(SUBSETS))
+
+
+def _vote(samples: Sequence[Ballot]) -> float:
     ballots: dict[Hashable, list[bool]] = defaultdict(list)
     for answer, correct in samples:
         if answer is not None:
@@ -112,6 +131,23 @@ def paired(first: Sequence[float], second: Sequence[float], k: int = 1) -> Inter
     if sum(d != 0 for d in differences) < INFORMATIVE:
         half = max(half, Z95**2 / (n + Z95**2))
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half), n, k)
+
+
+def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
+    """Two-sided p of the paired difference: how often it would be at least this large, either way, if on each question
+    the two had swapped their scores by the toss of a coin. All tosses are counted, none drawn; with one sample a
+    question this is McNemar's exact test."""
+    differences = [Fraction(b - a).limit_denominator(FINEST) for a, b in zip(first, second, strict=True)]
+    scale = min(FINEST, math.lcm(1, *(difference.denominator for difference in differences)))
+    signed = [round(difference * scale) for difference in differences]
+    steps = list(map(abs, signed))
+    chances = np.ones(1)  # of the sums -total, -total + 2, ... so far
+    for step in filter(None, steps):
+        before, chances = chances, np.zeros(len(chances) + step)
+        chances[: len(before)] += before / 2
+        chances[step:] += before / 2
+    sums = 2 * np.arange(len(chances)) - sum(steps)
+    return min(1.0, float(chances[abs(sums) >= abs(sum(signed))].sum()))
 
 
 def _wilson(mean: float, n: float, z: float) -> tuple[float, float]:

@@ -1,10 +1,15 @@
-"""A small tokenizer, and a task whose verifier can go wrong in every way."""
+"""A small tokenizer, an untrained model, and a task whose verifier can go wrong in every way."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from sputnik.engine.llm import LLM
+from sputnik.model.checkpoint import save_model
+from sputnik.model.config import ModelConfig
+from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Task, load_task
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.tokenizer import Tokenizer
@@ -56,3 +61,18 @@ def trouble(trouble_file: str) -> Task:
 def pool(trouble_file: str) -> Iterator[VerifierPool]:
     with VerifierPool(trouble_file, deadline_s=0.5) as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny untrained model: what it says is noise, and always the same noise."""
+    folder: Path = tmp_path_factory.mktemp("model") / "checkpoint"
+    shape = {"vocab_size": tok.vocab_size, "eos_token_id": tok.eos_id, "initializer_range": 0.15}
+    model = Transformer(ModelConfig.preset("tiny", **shape))
+    save_model(model.init_weights(torch.Generator().manual_seed(0)), folder, tokenizer=tok)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llm(checkpoint: Path) -> LLM:
+    return LLM(checkpoint, precision="fp32", exact=True, cache_tokens=4096, max_running=16)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sputnik.errors import DataError
-from sputnik.eval.stats import Interval, cons_at_k, interval95, paired, pass_at_1, pass_at_k, student
+from sputnik.eval.stats import Interval, cons_at_k, interval95, paired, pass_at_1, pass_at_k, sign_flip, student
 
 Difficulty = Callable[[np.random.Generator, int], np.ndarray]
 RUNS = 400
@@ -134,6 +134,22 @@ def test_tie_counts_as_its_expectation() -> None:
     assert cons_at_k([[("7", True), ("8", False), ("9", False)]]).mean == pytest.approx(1 / 3)
 
 
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(["7", "8", None]), min_size=3, max_size=7), st.integers(1, 3))
+def test_a_vote_of_k_is_the_mean_over_all_subsets(said: list[str | None], k: int) -> None:
+    votes = [(answer, answer == "7") for answer in said]
+    subsets = [cons_at_k([list(part)]).mean for part in combinations(votes, k)]
+    found = cons_at_k([votes, votes[:0], votes[: k - 1]], k)
+    assert found.mean == pytest.approx(sum(subsets) / len(subsets)) and (found.n, found.k) == (1, k)
+    assert cons_at_k([votes], 1).mean == pytest.approx(pass_at_1([[right for _, right in votes]]).mean)
+
+
+def test_votes_of_many_samples_are_drawn_and_nearly_their_mean() -> None:
+    votes = [("7", True)] * 20 + [(str(n), False) for n in range(100, 120)]
+    assert cons_at_k([votes], 2).mean == pytest.approx(0.5, abs=0.08)
+    assert cons_at_k([votes], 16).mean == 1
+
+
 def test_consensus_beats_pass_at_1_when_errors_scatter() -> None:
     rng = np.random.default_rng(5)
     right = rng.random((100, 16)) < 0.4
@@ -163,6 +179,37 @@ def test_equal_models_are_not_called_equal_for_certain() -> None:
     assert 0.1 < same.high < 0.2
     with pytest.raises(DataError, match="same questions"):
         paired([1.0], [1.0, 0.0])
+
+
+def test_with_one_sample_the_sign_flip_test_is_mcnemars() -> None:
+    first = [1.0] * 9 + [0.0] * 2 + [1.0] * 30 + [0.0] * 5
+    second = [0.0] * 9 + [1.0] * 2 + [1.0] * 30 + [0.0] * 5
+    exact = 2 * sum(math.comb(11, i) for i in range(3)) / 2**11
+    assert sign_flip(first, second) == sign_flip(second, first) == pytest.approx(exact)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=9))
+def test_the_sign_flip_test_counts_all_tosses(scores: list[tuple[int, int]]) -> None:
+    differences = [b - a for a, b in scores]
+    sums = [
+        sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in product((1, -1), repeat=len(scores))
+    ]
+    wanted = sum(abs(total) >= abs(sum(differences)) for total in sums) / len(sums)
+    assert sign_flip([a / 4 for a, _ in scores], [b / 4 for _, b in scores]) == pytest.approx(wanted)
+
+
+def test_p_values_of_equal_models_are_uniform_and_survive_lost_samples() -> None:
+    rng = np.random.default_rng(9)
+    found = []
+    for _ in range(RUNS):
+        chance = rng.beta(1, 1, 40)
+        drawn = rng.integers(5, 9, 40)  # samples that came, not the same everywhere
+        a, b = (list(rng.binomial(drawn, chance) / drawn) for _ in range(2))
+        found.append(sign_flip(a, b))
+    assert 0.02 <= float(np.mean(np.array(found) < 0.05)) <= 0.08
+    assert 0.4 < float(np.mean(found)) < 0.6
+    assert sign_flip([0.5] * 30, [0.9] * 30) < 1e-8 and sign_flip([0.5], [0.5]) == 1
 
 
 def test_student_quantiles_match_the_tables() -> None:
