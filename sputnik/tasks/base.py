@@ -41,6 +41,7 @@ SHIPPED = (
     ("math", "sputnik.tasks.math:MathFile"),
     ("mix", "sputnik.tasks.mixture:Mixture"),
     ("choice", "sputnik.tasks.choice:ChoiceFile"),
+    ("code", "sputnik.tasks.code:Code"),
 )
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")  # what no answer needs and some parsers step over
 REJECTIONS = 2000  # draws in a row that bring nothing new before a family counts as dry
