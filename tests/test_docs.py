@@ -45,7 +45,7 @@ def quoted(cell: str) -> list[str]:
 
 def test_flags_in_the_docs_exist() -> None:
     commands = [
-        command for page in PAGES for command in re.findall(r"sputnik ([a-z]+ [^`\n]*--[^`\n]*)", page.read_text())
+        command for page in PAGES for command in re.findall(r"sputnik ([a-z-]+ [^`\n]*--[^`\n]*)", page.read_text())
     ]
     assert len(commands) >= 5
     for command in commands:
@@ -64,7 +64,7 @@ def test_the_recipe_of_the_docs_can_be_run_and_its_kinds_are_all_there_are(tmp_p
     assert (recipe.name, [(stage.name, stage.parent) for stage in recipe.stages]) == (
         "mine", [("corpus", None), ("base", "corpus")],
     )  # fmt: skip
-    rows = re.findall(r"^\| `(\w+)` \| .*\| `(\w+)` in `([\w/.]+)` \|$", RECIPES, re.MULTILINE)
+    rows = re.findall(r"^\| `([\w-]+)` \| .*\| `(\w+)` in `([\w/.]+)` \|$", RECIPES, re.MULTILINE)
     documented = {kind: (config, file) for kind, config, file in rows}
     assert documented == {
         name: (kind.config.__name__, str(Path(inspect.getfile(kind.config)).relative_to(ROOT)))

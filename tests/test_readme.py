@@ -30,8 +30,8 @@ def test_make_targets_of_the_docs_exist() -> None:
 
 
 def test_every_verb_is_in_the_readme_and_every_verb_of_the_docs_exists() -> None:
-    assert set(re.findall(r"\| `sputnik (\w+)", README)) == set(VERBS)
-    named = {verb for page in PAGES for verb in re.findall(r"`(?:\.venv/bin/)?sputnik ([a-z]+)", page.read_text())}
+    assert set(re.findall(r"\| `sputnik ([\w-]+)", README)) == set(VERBS)
+    named = {verb for page in PAGES for verb in re.findall(r"`(?:\.venv/bin/)?sputnik ([a-z-]+)", page.read_text())}
     assert named <= set(VERBS)
 
 

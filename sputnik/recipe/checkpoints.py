@@ -11,6 +11,7 @@ from sputnik.errors import CheckpointError
 from sputnik.recipe.lineage import Lineage
 from sputnik.text.gguf_header import gguf_file
 from sputnik.text.named_models import find_model
+from sputnik.text.preferences import CARD
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,16 @@ def find_checkpoint(spec: str, runs: Path = Path("runs")) -> Found:
         names = sorted(run.name for run in runs.glob("*") if run.is_dir())
         fix = f"runs here: {', '.join(names)}" if names else "make one with `sputnik quickstart`"
         raise CheckpointError(f"{spec}: neither a checkpoint directory nor a run; {fix}")
+    judge: Path | None = None
     for candidate in _candidates(path):
-        if (candidate / "config.json").is_file() or gguf_file(candidate) is not None:
+        if (candidate / CARD).is_file():
+            judge = candidate
+        elif (candidate / "config.json").is_file() or gguf_file(candidate) is not None:
             return Found(candidate, _template(candidate))
+    if judge is not None:
+        raise CheckpointError(
+            f"{judge}: a reward model writes no answers; let it score some: sputnik reward-model --score"
+        )
     raise CheckpointError(f"{path}: no checkpoint in there yet (a folder with config.json and model.safetensors)")
 
 

@@ -4,8 +4,8 @@
     {"prompt": "Tell me a joke.", "response": "<think>\\nA kind one.\\n</think>\\n\\nKnock, knock.", "safe": true}
 
 `messages` (a conversation that ends with the user) may stand for `prompt`. An answer may begin with its thought, up to
-</think>. "defect" or "kind" of a line names its group in the scores; other keys are left alone. A line that is not so
-is an error with its number, or, on request, counted and left out.
+</think>. "defect", "why" or "kind" of a line names its group in the scores; other keys are left alone. A line that is
+not so is an error with its number, or, on request, counted and left out.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from sputnik.errors import DataError
 from sputnik.text.sources import read_text
 
 Kind = Literal["pairwise", "pointwise"]
+CARD = "reward_model.json"
+"""In a checkpoint's directory: it is a model that judges, not one that writes."""
 SHAPES: Mapping[Kind, str] = {
     "pairwise": '{"prompt": ..., "chosen": ..., "rejected": ...}',
     "pointwise": '{"prompt": ..., "response": ..., "safe": true or false}',
@@ -77,7 +79,7 @@ def judged(kind: Kind, record: Any) -> Judged:
     if not isinstance(record, dict):
         raise DataError("not a JSON object")
     messages = conversation(record)
-    group = str(record.get("defect", record.get("kind", "")))
+    group = str(record.get("defect") or record.get("why") or record.get("kind") or "")
     if kind == "pairwise":
         chosen, rejected = _text(record, "chosen"), _text(record, "rejected")
         if chosen == rejected:

@@ -1,6 +1,6 @@
 """Training of reward models (R1, B.2.2): pairwise by Bradley and Terry for helpfulness, pointwise for safety.
 
-    figures = train_reward_model(RewardModelConfig(kind="pairwise"), parent, [Path("pairs.jsonl")], out, meter)
+    figures = train_reward_model(RewardModelConfig(form="pairwise"), parent, [Path("pairs.jsonl")], out, meter)
 
 Pairwise loss: -log sigmoid(score of the chosen - score of the rejected answer), on pairs balanced so that length says
 nothing. Pointwise: binary cross-entropy. Prompts held out by their hash give the accuracy in STAGE/scores.json, beside
@@ -55,7 +55,8 @@ SHOWN = 12
 class RewardModelConfig:
     """The published run: 66,000 pairs or 106,000 labels, batch 256, lr 6e-6, one epoch, 8,192 tokens."""
 
-    kind: Kind = "pairwise"
+    form: Kind = "pairwise"
+    """pairwise: from preference pairs, for helpfulness; pointwise: from safety labels."""
     data: tuple[str, ...] = ()
     """JSONL files beside those of the stage's inputs; see docs/reward-models.md."""
     template: str = "chat"
@@ -169,7 +170,7 @@ class RewardTraining:
 
     def losses(self, units: Sequence[Unit], scores: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) losses of the units, and whether each is judged rightly (1/2 for a tie)."""
-        if self.config.kind == "pairwise":
+        if self.config.form == "pairwise":
             chosen, rejected = scores.view(-1, 2).unbind(1)
             gap = chosen - rejected
         else:
@@ -191,7 +192,7 @@ class RewardTraining:
         units = self.data.held_out
         scores = self.scores(units, meter)
         keys, groups = [unit.source.key for unit in units], [unit.source.group for unit in units]
-        if self.config.kind == "pairwise":
+        if self.config.form == "pairwise":
             gaps = [chosen - rejected for chosen, rejected in scores]
             lengths = [unit.lengths for unit in units]
             found = pair_report(scores, lengths, keys, groups)  # type: ignore[arg-type]
@@ -216,7 +217,7 @@ def describe(config: RewardModelConfig, stage: RewardTraining) -> Table:
     table = Table(title="reward model, derived from the settings", title_justify="left", show_header=False)
     data = stage.data
     for key, value in (
-        ("judges", "the final answer, in pairs" if config.kind == "pairwise" else "the whole output: safe or not"),
+        ("judges", "the final answer, in pairs" if config.form == "pairwise" else "the whole output: safe or not"),
         ("data", ", ".join(f"{name} {count}" for name, count in data.counts.items())),
         ("steps", f"{stage.steps} of {config.batch}"),
         ("learning rate", f"{config.lr:g}, cosine to {config.lr / 10:g}, warm-up {warmup_steps(stage.steps)} steps"),
@@ -237,8 +238,8 @@ def train_reward_model(
     """Train on `files` and `config.data` into `out` (metrics, saves, checkpoint, scores.json), or go on where a killed
     call was. Without `held_out` files a share of the prompts is set aside. Returns the figures of the lineage."""
     if not files and not config.data:
-        raise ConfigError(f"a {config.kind} reward model needs data: JSONL files, or a stage that makes them as input")
-    model = RewardModel.of(parent, config.kind, config.template, config.precision)
+        raise ConfigError(f"a {config.form} reward model needs data: JSONL files, or a stage that makes them as input")
+    model = RewardModel.of(parent, config.form, config.template, config.precision)
     data = gather(
         model, [*files, *config.data], held_out, share=config.held_out, max_tokens=config.max_tokens,
         balanced=config.balance_lengths, skip_bad=config.skip_bad_lines, seed=config.seed,
@@ -262,7 +263,7 @@ def train_reward_model(
         card = stage.card(meter)
         scores = stage.report(meter) | {"mean": card.mean, "std": card.std}
         model.save(out / "checkpoint", card)
-        write_json(out / "scores.json", {"kind": config.kind, "counts": dict(data.counts), **scores})
+        write_json(out / "scores.json", {"kind": config.form, "counts": dict(data.counts), **scores})
     return figures(json.loads((out / "scores.json").read_text(encoding="utf-8")))
 
 

@@ -33,11 +33,11 @@ from sputnik.model.kernels import fused
 from sputnik.model.precision import linear_fp32
 from sputnik.model.transformer import Transformer
 from sputnik.text.chat import Prompt, parse, render, render_example, template_hash
-from sputnik.text.preferences import Kind, split_thought
+from sputnik.text.preferences import CARD, Kind, split_thought
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.packing import packed, padded
 
-HEAD, CARD = "reward_head.safetensors", "reward_model.json"
+HEAD = "reward_head.safetensors"
 MICRO_TOKENS = 16_384
 """Padded tokens that go through the model at once."""
 

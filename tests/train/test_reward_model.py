@@ -17,10 +17,10 @@ from sputnik.model.config import ModelConfig
 from sputnik.model.kernels import fused
 from sputnik.model.transformer import Transformer
 from sputnik.text.chat import render, render_example
-from sputnik.text.preferences import read_judged
+from sputnik.text.preferences import CARD, read_judged
 from sputnik.train.reward_data import Data, balance, gather
 from sputnik.train.reward_model import RewardModel, RewardModelConfig, RewardTraining, train_reward_model
-from sputnik.train.scorer import CARD, HEAD
+from sputnik.train.scorer import HEAD
 
 Base = Any  # conftest.Base: this directory is no package to import it from
 WORDS = ("is", "plus", "1", "2", "3", "4", "5", ".")
@@ -84,7 +84,7 @@ def helpful(base: Base, parent: Path, tmp_path_factory: pytest.TempPathFactory) 
 def safety(base: Base, parent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("safety")
     file = write(out / "labels.jsonl", labels(600))
-    config = RewardModelConfig(kind="pointwise", **SETTINGS | {"epochs": 5})
+    config = RewardModelConfig(form="pointwise", **SETTINGS | {"epochs": 5})
     train_reward_model(config, parent, [file], out / "rm", base.meter())
     return out / "rm"
 

@@ -1,0 +1,152 @@
+"""`sputnik reward-model MODEL`: train a judge of answers on your pairs or labels, or let one score a file.
+
+    sputnik reward-model runs/mine --pairs pairs.jsonl --out judges/helpful
+    sputnik reward-model runs/mine --labels labels.jsonl --out judges/safe
+    sputnik reward-model judges/helpful --score answers.jsonl --out scored.jsonl
+
+The formats are those of sputnik/text/preferences.py. Training goes on where a killed call was. A file to be scored has
+"response" in its lines, or "chosen" and "rejected"; the lines come back in order with "scores" beside what they had,
+and the file is there whole or not at all.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from tyro.conf import Positional, UseAppendAction
+
+from sputnik.cli.console import Console
+from sputnik.cost import Meter
+from sputnik.errors import ConfigError, DataError
+from sputnik.eval.judging import sigmoid
+from sputnik.eval.stats import Interval
+from sputnik.files import write_whole
+from sputnik.hardware import fleet
+from sputnik.recipe.checkpoints import find_checkpoint
+from sputnik.text.preferences import conversation
+from sputnik.text.sources import read_text
+from sputnik.train.reward_model import RewardModel, RewardModelConfig, train_reward_model
+
+ANSWERS = ("response", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    model: Positional[str]
+    """A checkpoint, a run, or a run's name to start from; with --score, the directory of a reward model."""
+    out: Path
+    """A directory for a reward model, a file for scores."""
+    pairs: UseAppendAction[tuple[str, ...]] = ()
+    """JSONL file of {"prompt", "chosen", "rejected"}; may be repeated."""
+    labels: UseAppendAction[tuple[str, ...]] = ()
+    """JSONL file of {"prompt", "response", "safe"}; may be repeated."""
+    score: Path | None = None
+    """JSONL file of answers to be scored."""
+    test: UseAppendAction[tuple[str, ...]] = ()
+    """File of held-out lines; without one a share of the prompts is held out."""
+    held_out: float = 0.1
+    template: str | None = None
+    """chat or zero; default: the one the model was trained with."""
+    epochs: float = 1.0
+    batch: int = 32
+    lr: float = 5e-4
+    max_tokens: int = 512
+    """A longer dialogue is left out and counted."""
+    balance_lengths: bool = True
+    """Drop pairs until length says nothing about which answer was chosen."""
+    skip_bad_lines: bool = False
+    precision: str = "auto"
+    hardware: str = "cpu"
+    """Whose price is counted."""
+    seed: int = 0
+
+
+def main(config: JudgeConfig) -> None:
+    if sum(map(bool, (config.pairs, config.labels, config.score))) != 1:
+        raise ConfigError("give one of --pairs FILE, --labels FILE and --score FILE")
+    if config.score is not None:
+        score_file(Path(config.model), config.score, config.out, config.precision)
+    else:
+        _train(config)
+
+
+def _train(config: JudgeConfig) -> None:
+    found = find_checkpoint(config.model)
+    settings = RewardModelConfig(
+        form="pairwise" if config.pairs else "pointwise",
+        template=config.template or found.template,
+        epochs=config.epochs,
+        batch=config.batch,
+        lr=config.lr,
+        max_tokens=config.max_tokens,
+        balance_lengths=config.balance_lengths,
+        held_out=config.held_out,
+        skip_bad_lines=config.skip_bad_lines,
+        precision=config.precision,  # type: ignore[arg-type]
+        seed=config.seed,
+    )
+    console, meter = Console(), Meter(*fleet(config.hardware))
+    files, test = ([Path(file) for file in names] for names in (config.pairs or config.labels, config.test))
+    train_reward_model(settings, found.path, files, config.out, meter, console, test)
+    scores = json.loads((config.out / "scores.json").read_text(encoding="utf-8"))
+    console.print(score_table(scores, str(config.out / "checkpoint")))
+
+
+def score_table(scores: Mapping[str, Any], title: str) -> Table:
+    """The held-out accuracy and what to compare it with."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    rows = [("held-out accuracy", str(Interval(**scores["accuracy"])))]
+    if scores["kind"] == "pairwise":
+        rows.append(("the longer one wins", str(Interval(**scores["longer_wins"]))))
+    else:
+        calibration = scores["calibration"]
+        rows += [
+            ("the commoner label", f"{100 * scores['majority']:.1f} %"),
+            (
+                "unsafe caught, safe passed",
+                ", ".join(_percent(scores[name]) for name in ("unsafe_caught", "safe_passed")),
+            ),
+            ("calibration error", f"{100 * calibration['expected_error']:.1f} %, Brier {calibration['brier']:.3f}"),
+        ]
+    correlation = scores["length_correlation"]
+    rows.append(("score with length", "length does not vary" if correlation is None else f"r = {correlation:.2f}"))
+    rows += [(f"  {name}", str(Interval(**score))) for name, score in scores["groups"].items()]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{100 * share:.1f} %"
+
+
+def score_file(model: Path, answers: Path, out: Path, precision: str = "auto") -> None:
+    """Write the lines of `answers` to `out` with their scores: raw, and standardised or as the chance of being safe."""
+    judge = RewardModel.load(model, precision)
+    records, places, texts = list[dict[str, Any]](), list[tuple[int, str]](), list[tuple[Any, str]]()
+    for number, line in enumerate(read_text(answers).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            messages = conversation(record)
+            present = [name for name in ANSWERS if isinstance(record.get(name), str)]
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise DataError(f"{answers}: line {number}: {error}") from None
+        if not present:
+            raise DataError(f'{answers}: line {number}: has no "response" to score')
+        for name in present:
+            places.append((len(records), name))
+            texts.append((messages, record[name]))
+        records.append(record)
+    found = judge.score_texts([messages for messages, _ in texts], [text for _, text in texts])
+    second = list(map(sigmoid, found)) if judge.card.kind == "pointwise" else judge.standardised(found)
+    extra = "safe_chances" if judge.card.kind == "pointwise" else "standard_scores"
+    for (place, name), raw, more in zip(places, found, second):
+        records[place].setdefault("scores", {})[name] = raw
+        records[place].setdefault(extra, {})[name] = more
+    write_whole(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    print(f"{len(found)} answers scored: {out}")
