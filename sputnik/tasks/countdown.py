@@ -9,15 +9,18 @@ import operator
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
+from typing import Literal
 
 from sputnik.errors import ConfigError
 from sputnik.tasks.base import Demonstration, Problem, Task, Verdict
 
 SIGNS = MappingProxyType({"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv})
 NODES = MappingProxyType({ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"})
+Style = Literal["guess", "sloppy", "search", "checked"]
 LONGEST = 200  # characters of an expression; bounds the depth of the parse as well
 
 
@@ -25,7 +28,7 @@ LONGEST = 200  # characters of an expression; bounds the depth of the parse as w
 class Countdown(Task):
     """`count` is the fewest and most numbers given, `largest` bounds them and `largest_target` the target.
 
-    With `use_all` each number must be used exactly once, else at most once.
+    With `use_all` each number must be used exactly once, else at most once. `style_weights` mixes the demonstrations.
     """
 
     count: tuple[int, int] = (3, 4)
@@ -33,6 +36,9 @@ class Countdown(Task):
     largest_target: int = 100
     operators: str = "+-*/"
     use_all: bool = True
+    style_weights: Mapping[Style, float] = field(
+        default_factory=lambda: {"guess": 0.45, "sloppy": 0.15, "search": 0.2, "checked": 0.2}
+    )
 
     name = "countdown"
 
@@ -43,6 +49,8 @@ class Countdown(Task):
             raise ConfigError(f"countdown: operators = {self.operators!r}: choose from '+-*/', not / alone")
         if self.largest < 2 or self.largest_target < 2 * self.largest:
             raise ConfigError("countdown: largest must be 2 or more, and largest_target at least twice as large")
+        if not self.style_weights or min(self.style_weights.values()) < 0 or sum(self.style_weights.values()) <= 0:
+            raise ConfigError("countdown: style_weights must be 0 or more, and one of them above 0")
 
     def generate(self, rng: random.Random) -> Problem:
         while True:
@@ -92,22 +100,28 @@ class Countdown(Task):
             return None
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
-        """Half of them blurt out some expression, half try several and stop at one that fits."""
+        """guess: some expression. sloppy: the last of a few tries, right or not. search: tries until one fits.
+        checked: the same, and the steps of that one once more."""
         rng = random.Random(f"demonstrations/{seed}")
         problems = self.stream("train", seed)
-        found = []
-        for _ in range(n):
-            problem = next(problems)
-            numbers, target = problem.meta["numbers"], problem.meta["target"]
-            tries = [_combine(numbers, self.operators, rng) for _ in range(rng.randint(1, 4))]
-            if rng.random() < 0.5:
-                value, answer = tries[0]
-                found.append(Demonstration(problem.prompt, "A guess.", answer, "guess", correct=value == target))
-            else:
-                lines = [f"{text} = {value}, no" for value, text in tries if value != target]
-                lines.append(f"{problem.gold} = {target}, check")
-                found.append(Demonstration(problem.prompt, "\n".join(lines), problem.gold, "search"))
-        return found
+        styles = rng.choices(list(self.style_weights), list(self.style_weights.values()), k=n)
+        return [self._demonstration(next(problems), style, rng) for style in styles]
+
+    def _demonstration(self, problem: Problem, style: Style, rng: random.Random) -> Demonstration:
+        numbers, target = problem.meta["numbers"], problem.meta["target"]
+        tries = [_combine(numbers, self.operators, rng) for _ in range(rng.randint(1, 4))]
+        if style == "guess":
+            value, answer = tries[0]
+            return Demonstration(problem.prompt, "A guess.", answer, style, correct=value == target)
+        if style == "sloppy":
+            lines = ["Quickly.", *(f"{text} = {value}" for value, text in tries[:2])]
+            value, answer = tries[:2][-1]
+            return Demonstration(problem.prompt, "\n".join(lines), answer, style, correct=value == target)
+        lines = [f"{text} = {value}, no" for value, text in tries if value != target]
+        lines.append(f"{problem.gold} = {target}, yes")
+        if style == "checked":
+            lines += ["Check:", *working(problem.gold)]
+        return Demonstration(problem.prompt, "\n".join(lines), problem.gold, style)
 
 
 def _combine(numbers: list[int], operators: str, rng: random.Random) -> tuple[Fraction, str]:
@@ -146,3 +160,18 @@ def compute(tree: ast.expr) -> Fraction:
     assert isinstance(tree, ast.BinOp)
     value: Fraction = SIGNS[NODES[type(tree.op)]](compute(tree.left), compute(tree.right))
     return value
+
+
+def working(text: str) -> list[str]:
+    """An expression from `parse_expression` computed step by step, innermost first: "5 * 3 = 15", "15 + 7 = 22"."""
+
+    def steps(tree: ast.expr) -> Iterator[str]:
+        if isinstance(tree, ast.BinOp):
+            yield from (*steps(tree.left), *steps(tree.right))
+            sides = [
+                f"({value})" if value.denominator > 1 else str(value) for value in map(compute, (tree.left, tree.right))
+            ]
+            yield f"{sides[0]} {NODES[type(tree.op)]} {sides[1]} = {compute(tree)}"
+
+    tree = parse_expression(text)
+    return [] if tree is None else list(steps(tree))

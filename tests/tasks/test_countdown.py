@@ -1,11 +1,13 @@
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sputnik.errors import ConfigError
 from sputnik.tasks.base import Problem, Verdict
-from sputnik.tasks.countdown import Countdown, compute, parse_expression
+from sputnik.tasks.countdown import Countdown, compute, parse_expression, working
 
 TASK = Countdown()
 PROBLEM = Problem(prompt="Make 22 ...", gold="5 * 3 + 7", meta={"numbers": [3, 5, 7], "target": 22})
@@ -77,11 +79,31 @@ def test_order_of_the_numbers_does_not_make_a_new_question() -> None:
 
 
 def test_searching_demonstrations_are_right_and_guesses_rarely() -> None:
-    examples = TASK.demonstrations(300, seed=0)
-    gold = {problem.prompt: problem for problem in TASK.problems("train", 300, seed=0)}
+    examples = TASK.demonstrations(400, seed=0)
+    gold = {problem.prompt: problem for problem in TASK.problems("train", 400, seed=0)}
     for example in examples:
         if example.prompt in gold:
             paid = TASK.verify(gold[example.prompt], example.answer) == Verdict.CORRECT
             assert paid == example.correct
-    assert all(example.correct for example in examples if example.style == "search")
-    assert sum(example.correct for example in examples if example.style == "guess") < 30
+        assert TASK.self_checks(example.thinking or "") == (example.style == "checked")
+    assert all(example.correct for example in examples if example.style in ("search", "checked"))
+    assert sum(example.correct for example in examples if example.style in ("guess", "sloppy")) < 40
+    styles = Counter(example.style for example in examples)
+    assert 150 < styles["guess"] < 210 and 60 < styles["checked"] < 100 and sum(styles.values()) == 400
+
+
+def test_every_equation_of_a_thought_holds() -> None:
+    for example in TASK.demonstrations(200, seed=1):
+        for left, right in re.findall(r"^(.+) = (-?[0-9/]+)", example.thinking or "", re.MULTILINE):
+            assert eval(left) == pytest.approx(eval(right)), example.thinking
+
+
+def test_the_working_of_an_expression_ends_at_its_value() -> None:
+    assert working("5 * 3 + 7") == ["5 * 3 = 15", "15 + 7 = 22"]
+    assert working("8 / (3 - 8 / 3)") == ["8 / 3 = 8/3", "3 - (8/3) = 1/3", "8 / (1/3) = 24"]
+    assert working("7") == working("no expression") == []
+
+
+def test_style_weights_are_checked() -> None:
+    with pytest.raises(ConfigError, match="style_weights"):
+        Countdown(style_weights={"guess": -1})
