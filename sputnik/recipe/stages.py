@@ -3,6 +3,8 @@
     corpus      texts and worked examples -> tokenizer and shards            sputnik/recipe/corpus.py
     pretrain    corpus -> base model                                         sputnik/train/pretrain.py
     rl          model -> model that reasons (R1-Zero)                        sputnik/train/rl.py
+    sft         model, examples -> model that has learned them               sputnik/train/sft.py
+    traces      model or teacher -> right, readable answers as examples      sputnik/train/traces.py
     eval        model -> scores                                              sputnik/recipe/evaluation.py
     general     texts -> open prompts, examples, pairs, safety labels        sputnik/recipe/general.py
     reward-model  model, pairs or labels -> judge of answers                 sputnik/train/reward_model.py
@@ -22,7 +24,7 @@ from sputnik.recipe.judges import run_reward_model
 from sputnik.recipe.recipe import Kind, model_config
 from sputnik.recipe.runner import StageContext
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train import pretrain, reward_model, rl
+from sputnik.train import pretrain, reward_model, rl, sft, traces
 
 
 def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> dict[str, Any]:
@@ -53,6 +55,24 @@ def run_rl(config: rl.RLConfig, context: StageContext) -> dict[str, Any]:
     return rl.train_rl(config, context.parent / "checkpoint", context.directory, meter, context.console)
 
 
+def run_sft(config: sft.SFTConfig, context: StageContext) -> dict[str, Any]:
+    """Fine-tune the parent's checkpoint on the examples of the stages it reads and of the files it names."""
+    if context.parent is None:
+        raise ConfigError("an sft stage needs a parent with a checkpoint; write parent = NAME")
+    files = [directory / "data.jsonl" for directory in context.inputs.values()]
+    meter = Meter(*fleet(context.recipe.hardware))
+    return sft.train_sft(config, context.parent / "checkpoint", files, context.directory, meter, context.console)
+
+
+def run_traces(config: traces.TracesConfig, context: StageContext) -> dict[str, Any]:
+    """Sample the parent's checkpoint, or the teacher behind `url`, and keep what is worth learning."""
+    if context.parent is None and not config.url:
+        raise ConfigError("a traces stage needs a parent with a checkpoint, or the url of a teacher; write parent = NAME")
+    checkpoint = None if config.url or context.parent is None else context.parent / "checkpoint"
+    meter = Meter(*fleet(context.recipe.hardware))
+    return traces.collect_traces(config, checkpoint, context.directory, meter, context.console)
+
+
 KINDS = {
     "corpus": Kind(CorpusConfig, build_corpus, stands_alone=True, headline=("tokens", "vocab_size", "held_out_tokens")),
     "pretrain": Kind(
@@ -78,6 +98,14 @@ KINDS = {
         outcome_free=frozenset(reward_model.OUTCOME_FREE),
         headline=("accuracy", "length_baseline", "majority"),
     ),
+    "sft": Kind(
+        sft.SFTConfig,
+        run_sft,
+        resumable=True,
+        outcome_free=frozenset(sft.OUTCOME_FREE),
+        headline=("examples", "loss", "val_loss", "bits_per_byte"),
+    ),
+    "traces": Kind(traces.TracesConfig, run_traces, resumable=True, headline=("kept", "samples", "length", "checks")),
     "eval": Kind(EvalConfig, run_evaluation, headline=("pass@1", "cons@k", "truncated")),
 }
 
