@@ -1,7 +1,7 @@
 """What gateway and engine worker say to each other: msgpack frames over a Unix socket, every message a typed struct.
 
     frame = 4 bytes of length, big-endian | msgpack of one message
-    worker -> gateway:  Loading or Hello first, then Step (tokens of one scheduler step), Refused, Probed, Figures
+    worker -> gateway:  Hello first, then Step (tokens of one scheduler step), Refused, Probed, Figures
     gateway -> worker:  Join first, then Start, Abort, End, AnswerNow, Probe, Ask
 
     channel = Channel(reader, writer, To)              # of asyncio; decodes `To`, encodes anything above
@@ -14,6 +14,7 @@ out: encryption and passwords (the socket lies in a directory of mode 0700) and 
 """
 
 import asyncio
+import contextlib
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -89,12 +90,6 @@ class Ask(Message, frozen=True):
 # --- worker -> gateway ---
 
 
-class Loading(Message, frozen=True):
-    """The model is not there yet; `Hello` follows."""
-
-    version: int
-
-
 class Hello(Message, frozen=True):
     version: int
     path: str
@@ -105,11 +100,12 @@ class Hello(Message, frozen=True):
     """Tokens that prompt and answer may have together."""
     slots: int
     """Samples that run at once."""
+    spare: int
+    """Beyond those, for keys that have less than their share."""
     cache_tokens: int
     exact: bool
     fingerprint: str
     """Of weights and settings: equal ones go on where another worker stopped."""
-    pid: int
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -152,7 +148,7 @@ class Figures(Message, frozen=True):
 
 
 FromGateway = Join | Start | Abort | End | AnswerNow | Probe | Ask
-FromWorker = Loading | Hello | Step | Refused | Probed | Figures
+FromWorker = Hello | Step | Refused | Probed | Figures
 M = TypeVar("M")
 
 
@@ -201,3 +197,9 @@ class Channel(Generic[M]):
     def close(self) -> None:
         """At once; what is queued is dropped."""
         self._writer.transport.abort()
+
+    async def finish(self) -> None:
+        """Close once all that is queued has been sent."""
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()

@@ -1,0 +1,75 @@
+"""Signs of life: what a child process tells its supervisor twice a second, over a socket it was born with.
+
+    ours, theirs = socket.socketpair()                              # the child inherits `theirs`
+    Pulse(theirs.fileno(), lambda: Beat("ready", steps, busy)).start()        # in the child
+    for beat in Ear(ours).hear(): ...                                         # in the supervisor, never waiting
+
+A beat counts scheduler steps, so a process that lives and does nothing is seen too; one that is stopped or dead beats
+no more. A child whose supervisor has gone ends itself, as on SIGTERM.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+EVERY = 0.5
+"""Seconds between beats."""
+
+
+class Beat(msgspec.Struct, frozen=True):
+    state: Literal["loading", "ready", "draining"]
+    steps: int = 0
+    """Scheduler steps of a worker, finished requests of a gateway."""
+    busy: int = 0
+    """Requests under way."""
+
+
+class Pulse(threading.Thread):
+    """The child's side, a thread of its own: it beats while the process computes."""
+
+    def __init__(self, descriptor: int, read: Callable[[], Beat]) -> None:
+        super().__init__(name="pulse", daemon=True)
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.settimeout(None)
+        self._read = read
+        self._now = threading.Event()
+
+    def run(self) -> None:
+        while True:
+            try:
+                self._socket.sendall(msgspec.json.encode(self._read()) + b"\n")
+            except OSError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            self._now.wait(EVERY)
+            self._now.clear()
+
+    def beat(self) -> None:
+        """At once: the state has changed."""
+        self._now.set()
+
+
+class Ear:
+    """The supervisor's side."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket, self._rest = connection, b""
+        self._decoder = msgspec.json.Decoder(Beat)
+
+    def hear(self) -> list[Beat]:
+        """Beats since the last call, oldest first."""
+        with contextlib.suppress(OSError):
+            while found := self._socket.recv(1 << 16):
+                self._rest += found
+        *lines, self._rest = self._rest.split(b"\n")
+        return [self._decoder.decode(line) for line in lines]
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,73 @@
+"""Bodies of requests: bytes to checked records, with limits on everything that costs before it is checked.
+
+    request = parse(body, ChatRequest)          # Refusal 400, its `param` the place that is wrong
+
+Refused: what is not JSON, nests deeper than `DEPTH`, names a key twice or one we do not know (the nearest known one is
+named), or has a value of another type; nothing is coerced.
+"""
+
+import difflib
+import json
+import re
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
+
+from sputnik.serve.refusals import Refusal
+
+DEPTH = 64
+STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+PLACE = re.compile(r"^(.*?)(?: - at `(.*)`)?$", re.DOTALL)
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def read_json(body: bytes) -> Any:
+    """The value of a body; Refusal if it is not JSON as RFC 8259 has it."""
+    if _depth(body) > DEPTH:
+        raise Refusal(400, f"the body nests deeper than {DEPTH} levels")
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body is not UTF-8: byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is not JSON: {error}") from None
+
+
+def parse(body: bytes, kind: type[T]) -> T:
+    value = read_json(body)
+    if not isinstance(value, dict):
+        raise Refusal(400, "the body must be a JSON object")
+    known = [field.encode_name for field in msgspec.structs.fields(kind)]
+    for name in value:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out: what it asks for would not be done"
+            raise Refusal(400, f"unknown parameter {name!r}; {hint}", code="unknown_parameter", param=name)
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        found = PLACE.match(str(error))
+        text, place = found.groups() if found else (str(error), None)
+        param = None if place is None else place.removeprefix("$.")
+        raise Refusal(400, f"{param}: {text}" if param else text, code="invalid_value", param=param) from None
+
+
+def _depth(body: bytes) -> int:
+    depth = deepest = 0
+    for byte in re.sub(rb"[^\[\]{}]", b"", STRING.sub(b"", body)):
+        depth += 1 if byte in b"[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON number")

@@ -1,0 +1,232 @@
+"""Who comes in and who is next: bounds hold whatever happens, nobody starves, and what is said about waiting is so."""
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from sputnik.serve.admission import Admission, Full, Limits, Ticket
+from sputnik.serve.identity import Identity
+
+ALICE, BOB = Identity("alice"), Identity("bob")
+
+
+def admission(slots: int = 4, spare: int = 0, **limits: Any) -> Admission:
+    found = Admission(Limits(**limits))
+    found.slots, found.spare = slots, spare
+    return found
+
+
+def ask(
+    queue: Admission, identity: Identity = ALICE, prompt: int = 10, answer: int = 100, samples: int = 1,
+    now: float = 0.0, deadline: float | None = None,
+) -> Ticket:  # fmt: skip
+    ticket = queue.knock(identity, 40, now)
+    try:
+        queue.enter(ticket, prompt, answer, samples, now, deadline)
+    except Full:
+        queue.leave(ticket, now)
+        raise
+    return ticket
+
+
+class Anything(RuleBasedStateMachine):
+    """Requests of several keys and classes come, start, end and go in any order."""
+
+    @initialize(slots=st.integers(1, 6), spare=st.integers(0, 2), requests=st.integers(1, 8))
+    def begin(self, slots: int, spare: int, requests: int) -> None:
+        self.queue = admission(slots, spare, requests=requests, tokens=400, per_key=5)
+        self.live: list[Ticket] = []
+        self.now = 0.0
+
+    @rule(
+        who=st.sampled_from("abcd"), rank=st.sampled_from(["interactive", "paid", "batch"]), size=st.integers(0, 900),
+        prompt=st.integers(1, 300), samples=st.integers(1, 3), deadline=st.none() | st.floats(0, 50),
+    )  # fmt: skip
+    def come(self, who: str, rank: Any, size: int, prompt: int, samples: int, deadline: float | None) -> None:
+        try:
+            ticket = self.queue.knock(Identity(f"{rank}-{who}", rank), size, self.now)
+        except Full:
+            return
+        try:
+            self.queue.enter(ticket, prompt, 50, samples, self.now, deadline and self.now + deadline)
+            self.live.append(ticket)
+        except Full:
+            self.queue.leave(ticket, self.now)
+
+    @rule()
+    def start(self) -> None:
+        line = self.queue.line()
+        first = self.queue.take(self.now)
+        assert not first or self.queue.spare or first == line[: len(first)], "the line is the order in which they start"
+        assert not self.queue.take(self.now), "nobody who could start is left"
+        if self.queue.waiting:
+            head = self.queue.line()[0]
+            assert self.queue.running and self.queue.running + head.samples > self.queue.slots
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), produced=st.integers(0, 200), seconds=st.floats(0, 3))
+    def end(self, data: Any, produced: int, seconds: float) -> None:
+        ticket = data.draw(st.sampled_from(self.live))
+        self.live.remove(ticket)
+        self.now += seconds
+        self.queue.produced(produced, self.now)
+        self.queue.leave(ticket, self.now, produced)
+        self.queue.leave(ticket, self.now, produced)
+
+    @rule(seconds=st.floats(0, 30))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        for ticket in self.queue.expire(self.now):
+            assert ticket.deadline is not None and ticket.deadline <= self.now
+            self.live.remove(ticket)
+
+    @invariant()
+    def bounds_hold(self) -> None:
+        queue = self.queue
+        states = Counter(ticket.state for ticket in self.live)
+        assert states["waiting"] == queue.waiting <= queue.limits.requests and queue.door == states["door"] == 0
+        assert queue.tokens == sum(ticket.prompt for ticket in self.live if ticket.state == "waiting")
+        assert queue.tokens <= max(queue.limits.tokens, 300)
+        running = [ticket for ticket in self.live if ticket.state == "running"]
+        assert queue.running == sum(ticket.samples for ticket in running)
+        assert queue.running <= max(queue.slots + queue.spare, 3)
+        assert all(count <= 5 for count in Counter(ticket.identity.id for ticket in self.live).values())
+        assert Counter(queue.line()) == Counter(ticket for ticket in self.live if ticket.state == "waiting")
+
+    def teardown(self) -> None:
+        for ticket in getattr(self, "live", []):
+            self.queue.leave(ticket, self.now)
+        if hasattr(self, "queue"):
+            assert (self.queue.waiting, self.queue.running, self.queue.tokens) == (0, 0, 0)
+
+
+TestAnything = Anything.TestCase
+TestAnything.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_the_queue_is_bounded_in_requests_tokens_and_per_key() -> None:
+    queue = admission(slots=1, requests=3, tokens=1000, per_key=3)
+    ask(queue)
+    queue.take(0)
+    ask(queue, BOB, prompt=900)
+    with pytest.raises(Full, match="tokens"):
+        ask(queue, prompt=200)
+    ask(queue, prompt=50)
+    ask(queue, prompt=1)
+    with pytest.raises(Full, match="3 requests open") as refused:
+        ask(queue, prompt=1)
+    assert refused.value.whose == "key" and refused.value.wait > 0
+    with pytest.raises(Full, match="3 requests wait") as refused:
+        ask(queue, Identity("carol"), prompt=1)
+    assert refused.value.whose == "server"
+
+
+def test_a_request_is_counted_while_it_is_read() -> None:
+    queue = admission(requests=1)
+    ticket = queue.knock(ALICE, 4000, 0)
+    assert queue.tokens == 1000
+    with pytest.raises(Full):
+        queue.knock(BOB, 4, 0)
+    queue.leave(ticket, 0)
+    assert queue.tokens == queue.door == 0 and queue.knock(BOB, 4, 0)
+
+
+def test_nothing_starts_without_an_engine_and_nobody_comes_in_when_closed() -> None:
+    queue = admission(slots=0)
+    ask(queue)
+    assert queue.take(0) == []
+    queue.closed = "the server is shutting down"
+    with pytest.raises(Full, match="shutting down"):
+        ask(queue)
+
+
+def test_a_key_with_hundreds_of_requests_does_not_hold_up_another() -> None:
+    queue = admission(slots=2, per_key=300, requests=300)
+    many = [ask(queue) for _ in range(200)]
+    queue.take(0)
+    one = ask(queue, BOB)
+    assert queue.place(one, 0).position == 0
+    queue.leave(many[0], 1, 50)
+    assert queue.take(1) == [one]
+
+
+def test_a_spare_slot_is_for_a_key_that_has_less_than_its_share() -> None:
+    queue = admission(slots=4, spare=1)
+    for _ in range(9):
+        ask(queue)
+    assert len(queue.take(0)) == 4
+    one, two = ask(queue, BOB), ask(queue, BOB)
+    assert queue.take(0) == [one], "at once, and only as many as are spare"
+    assert two.state == "waiting"
+
+
+def test_keys_share_by_tokens_and_classes_by_weight() -> None:
+    queue = admission(slots=1, requests=1000, per_key=1000)
+    keys = {
+        "long": Identity("long"), "short": Identity("short"), "batch": Identity("batch", "batch"),
+        "ui": Identity("ui", "interactive"),
+    }  # fmt: skip
+    sizes = {"long": 200, "short": 50, "batch": 100, "ui": 100}
+    for name, key in keys.items():
+        for _ in range(200):
+            ask(queue, key, prompt=1, answer=sizes[name])
+    had: Counter[str] = Counter()
+    for now in range(150):
+        (ticket,) = queue.take(now)
+        had[ticket.identity.id] += sizes[ticket.identity.id]
+        queue.leave(ticket, now, sizes[ticket.identity.id])
+    assert abs(had["long"] - had["short"]) <= 2 * 200
+    assert had["ui"] / had["batch"] == pytest.approx(8, rel=0.3)
+    assert had["ui"] / (had["long"] + had["short"]) == pytest.approx(2, rel=0.2)
+
+
+def test_the_wait_that_is_told_is_the_wait_there_is() -> None:
+    """Four slots of 10 tokens a second each, answers of 20 to 180 tokens, twice the load."""
+    dice = random.Random(1)
+    queue, now, told, true = admission(slots=4, requests=40, per_key=100, wait=1e9), 0.0, {}, {}
+    left: dict[Ticket, float] = {}
+    for tick in range(20_000):
+        now = tick * 0.05
+        if dice.random() < 0.04 and queue.waiting < 40:
+            ticket = ask(queue, Identity(dice.choice("abc")), answer=180, now=now)
+            told[ticket] = now, queue.place(ticket, now).wait
+        for ticket in queue.take(now):
+            left[ticket], true[ticket] = dice.randint(20, 180), now
+        queue.produced(0, now)
+        for ticket in list(left):
+            left[ticket] -= 0.5
+            queue._produced += 0.5  # type: ignore[assignment]
+            if left[ticket] <= 0:
+                del left[ticket]
+                queue.leave(ticket, now, 100)
+    pairs = [(told[t][1], true[t] - told[t][0]) for t in true if told[t][1] is not None and told[t][0] > 200]
+    assert len(pairs) > 200
+    mean_told, mean_true = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))  # type: ignore[misc]
+    assert mean_told == pytest.approx(mean_true, rel=0.25) and mean_true > 5
+
+
+def test_who_would_wait_too_long_is_told_so_at_the_door() -> None:
+    queue = admission(slots=1, wait=30)
+    for _ in range(3):
+        ask(queue, answer=100)
+    queue.take(0)
+    for second in range(10):
+        queue.produced(10, second)
+    assert queue.rate == pytest.approx(10, rel=0.2)
+    with pytest.raises(Full, match="it would wait") as refused:
+        for _ in range(50):
+            ask(queue, BOB, answer=100, now=10)
+    assert 30 < refused.value.wait < 60
+    queue = admission(slots=1, wait=1e9)
+    ask(queue)
+    queue.take(0)
+    ask(queue)
+    queue.rate = 10.0
+    with pytest.raises(Full, match="deadline"):
+        ask(queue, BOB, now=10, deadline=10.5)
+    assert queue.waiting == 1
