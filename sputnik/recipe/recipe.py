@@ -201,11 +201,19 @@ def model_config(table: Mapping[str, Any], where: str, **changes: Any) -> ModelC
 def _input_files(settings: Mapping[str, Any]) -> dict[str, str]:
     """ "file PATH" -> content hash, for each setting that names a file: another task file is another stage."""
     found: dict[str, str] = {}
-    for value in settings.values():
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and 0 < len(text) < 500:
-                for spelling in {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}:
-                    path = Path(spelling)
-                    if path.suffix and path.is_file():
-                        found[f"file {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    for text in _texts(settings):
+        if 0 < len(text) < 500:
+            for spelling in {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}:
+                path = Path(spelling)
+                if path.suffix and path.is_file():
+                    found[f"file {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, however deep: the families of a mixture name their files in a list of tables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)

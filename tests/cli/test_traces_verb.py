@@ -161,3 +161,15 @@ def test_every_reason_is_in_the_docs() -> None:
     returned = {reason for text in sources for reason in given.findall(text)}
     assert {verdict.value for verdict in Verdict} - {"correct"} < named and {"language", "enough"} < returned
     assert returned | {"family full"} | {verdict.value for verdict in Verdict} - {"correct"} == named
+
+
+def test_another_file_in_a_mixture_is_another_stage(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    families = [{"task": "arithmetic"}, {"task": f"math:{mine}"}]
+    stage = {"name": "a", "kind": "traces", "task": "mix", "task_options": {"families": families}}
+    (tmp_path / "r.toml").write_text(tomli_w.dumps({"stage": [stage]}))
+    hashes = set()
+    for answer in (1, 1, 2):
+        mine.write_text(json.dumps({"prompt": "?", "answer": answer}))
+        hashes.add(read_recipe(tmp_path / "r.toml", kind_of).stage("a").hash)
+    assert len(hashes) == 2
