@@ -5,7 +5,8 @@
 
 Time = FLOPs / (peak x `--mfu`); memory assumes states split evenly over all devices and one sequence on each. The plan
 of a recipe is an upper bound: every answer is as long as it may be. Left out: communication, pipeline stages, failures,
-verifiers, text work, and the experiments that come before such a run.
+verifiers, text work, stages whose data are made in the run (fine-tuning, reward models), and the experiments that come
+before such a run.
 """
 
 import json
@@ -30,6 +31,7 @@ from sputnik.cost import (
     weight_bytes,
 )
 from sputnik.errors import CheckpointError, ConfigError
+from sputnik.eval.suites import SUITES, Suite
 from sputnik.hardware import GIB, Hardware, fleet
 from sputnik.model.checkpoint import open_weights
 from sputnik.model.config import PRESETS, ModelConfig
@@ -43,6 +45,7 @@ from sputnik.text.gguf_header import gguf_file
 from sputnik.text.named_models import MODELS
 from sputnik.train.pretrain import PretrainConfig
 from sputnik.train.rl import RLConfig
+from sputnik.train.traces import TracesConfig
 
 GPU_SHARE = 0.39
 """What DeepSeek-V3's own run reached, causal FLOPs against the BF16 peak."""
@@ -56,8 +59,8 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 @dataclass(frozen=True)
 class PlanConfig:
     model: Positional[str]
-    """A preset (tiny, mini, v2-lite, v3-671b), a run, a checkpoint directory, a config.json, a GGUF file, the name of a
-    model (smollm2), or a recipe.toml."""
+    """A preset (tiny, dense, mini, v2-lite, v3-671b), a run, a checkpoint directory, a config.json, a GGUF file, the
+    name of a model (smollm2), or a recipe.toml."""
     hardware: str | None = None
     """NAME or COUNTxNAME, e.g. 8xH800; names: cpu (this machine), H800, H100, H200, A100, B200; default: the recipe's
     own, else cpu."""
@@ -150,10 +153,11 @@ def plan_recipe(config: PlanConfig) -> dict[str, Any]:
     share = _peak_share(config, device)
     corpora = [stage.config for stage in recipe.stages if isinstance(stage.config, CorpusConfig)]
     changes = {"vocab_size": corpora[0].vocab_size} if corpora else {}
-    model = model_config(recipe.model, f"{config.model}: [model]", **changes)
     stages: list[dict[str, Any]] = []
     for stage in recipe.stages:
-        work = stage_work(stage.config, model)
+        below = [stage, *recipe.ancestors(stage.name)]
+        table = next((each.model for each in below if each.model), recipe.model)
+        work = stage_work(stage.config, model_config(table, f"{config.model}: [model]", **changes))
         hours = device_hours(work.training + work.drawing / DRAWING, device, share)
         row = {"stage": stage.name, "kind": stage.kind, "tokens": work.tokens, "flops": work.training + work.drawing}
         stages.append({**row, "seconds": hours * 3600 / devices, "usd": hours * device.usd_per_hour})
@@ -184,9 +188,17 @@ def stage_work(stage: Any, model: ModelConfig) -> Work:
         drawing = (trained + asked) * decode_flops_per_token(model, stage.max_tokens // 2)
         return Work(trained + asked, training=trained * 5 * forward, drawing=drawing)  # policy, reference, 3 to train
     if isinstance(stage, EvalConfig):
-        drawn = stage.questions * stage.samples * stage.max_tokens
-        return Work(drawn, drawing=drawn * decode_flops_per_token(model, stage.max_tokens // 2))
+        usual = SUITES.get(stage.suite, Suite(stage.task, 200, 8, 256))
+        most = usual.max_tokens if stage.max_tokens is None else stage.max_tokens
+        return _drawn(model, stage.questions or usual.questions, stage.samples or usual.samples, most)
+    if isinstance(stage, TracesConfig):
+        return Work() if stage.url else _drawn(model, stage.questions, stage.samples, stage.max_tokens)
     return Work()
+
+
+def _drawn(model: ModelConfig, questions: int, samples: int, most: int) -> Work:
+    drawn = questions * samples * most
+    return Work(drawn, drawing=drawn * decode_flops_per_token(model, most // 2))
 
 
 def read_shape(spec: str) -> ModelConfig:

@@ -323,6 +323,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1,
         "max_position_embeddings": 1024, "initializer_range": 0.02,
     },
+    # A dense student for distillation: a Llama of 1.1 million parameters.
+    "dense": {
+        "model_type": "llama",
+        "vocab_size": 2048, "hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 384,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True,
+        "max_position_embeddings": 1024, "initializer_range": 0.02,
+    },
     # 59 million parameters, 26 million active: the shape of our speed comparisons. Init 0.02 as for tiny.
     "mini": {
         "vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1408,

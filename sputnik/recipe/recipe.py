@@ -7,6 +7,10 @@
     [model]
     preset = "tiny"                # further keys are fields of ModelConfig
 
+    [tasks.sums]                   # for stages that write task = "sums"
+    task = "arithmetic"
+    task_options = { non_negative = true }
+
     [[stage]]
     name = "base"
     kind = "pretrain"              # see sputnik/recipe/stages.py
@@ -30,7 +34,8 @@ from sputnik.config import check_keys, config_hash, from_dict, load_toml, set_by
 from sputnik.errors import ConfigError
 from sputnik.model.config import ModelConfig
 
-TOP_KEYS = ["name", "seed", "hardware", "model"]
+TOP_KEYS = ["name", "seed", "hardware", "model", "tasks"]
+TASK_KEYS = ["task", "task_options"]
 STAGE_KEYS = ["name", "kind", "parent", "inputs", "model"]
 
 
@@ -124,6 +129,7 @@ def read_recipe(
     """Read `path`, apply each "stage.key=value" of `overrides`, check every key against the stage's config class."""
     data = load_toml(path)
     tables = data.pop("stage", [])
+    data.pop("claim", None)  # what the run is to show: findings_claim.py reads it
     check_keys(data, TOP_KEYS, str(path))
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(f"{path}: no stages; write one [[stage]] table for each")
@@ -142,11 +148,25 @@ def read_recipe(
     run_name = name or top.get("name", path.stem)
     if not isinstance(run_name, str) or not run_name or "/" in run_name or run_name.startswith("."):
         raise ConfigError(f"{path}: name = {run_name!r}: a run is named by one plain folder name")
-    seed, model = top.get("seed", 0), top.get("model", {})
-    if not isinstance(seed, int) or not isinstance(model, dict):
-        raise ConfigError(f"{path}: seed must be a whole number and model a table")
+    seed, model, tasks = top.get("seed", 0), top.get("model", {}), top.get("tasks", {})
+    if not isinstance(seed, int) or not isinstance(model, dict) or not _is_table_of_tables(tasks):
+        raise ConfigError(f"{path}: seed must be a whole number, model a table and tasks a table of tables")
+    for called, table in tasks.items():
+        check_keys(table, TASK_KEYS, f"{path}: tasks.{called}")
+        if "task" not in table:
+            raise ConfigError(f'{path}: tasks.{called} has no task; write task = "..."')
+    by_name = {key: tasks.get(table.get("task"), {}) | _but_task(table, tasks) for key, table in by_name.items()}
     stages = tuple(_stages(path, by_name, kind_of, seed, model))
     return Recipe(run_name, seed, str(top.get("hardware", "cpu")), model, stages)
+
+
+def _is_table_of_tables(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(table, dict) for table in value.values())
+
+
+def _but_task(table: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's table without the name of a task that [tasks] describes; options of its own overrule those there."""
+    return {key: value for key, value in table.items() if key != "task" or value not in tasks}
 
 
 def _stages(

@@ -252,6 +252,35 @@ def test_a_stage_reads_its_inputs_and_follows_its_own_model(tmp_path: Path) -> N
     assert [stage.hash for stage in read_recipe(path, kinds.__getitem__).stages] == [s.hash for s in recipe.stages]
 
 
+NAMED = """
+[tasks.easy]
+task = "sums"
+[[stage]]
+name = "data"
+kind = "once"
+task = "easy"
+[[stage]]
+name = "plain"
+kind = "once"
+parent = ""
+task = "sums"
+"""
+
+
+def test_a_task_described_once_is_known_by_its_name(tmp_path: Path) -> None:
+    recipe = read(tmp_path, NAMED)
+    assert recipe.stage("data").config.task == "sums" and recipe.stage("data").hash == recipe.stage("plain").hash
+    changed = read(tmp_path, NAMED, "tasks.easy.task=none", "plain.size=2")
+    assert changed.stage("data").config.task == "none" and changed.stage("plain").config.task == "sums"
+    for mistake, message in (
+        (NAMED.replace('task = "sums"\n[[stage]]', 'tsak = "sums"\n[[stage]]', 1), "did you mean 'task'?"),
+        (NAMED.replace('task = "sums"\n[[stage]]', "[[stage]]", 1), "tasks.easy has no task"),
+        (NAMED.replace("[tasks.easy]", "[tasks]"), "tasks a table of tables"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read(tmp_path, mistake)
+
+
 def test_what_a_stage_reads_is_part_of_its_lineage(tmp_path: Path) -> None:
     kinds = KINDS | {"alone": Kind(OnceConfig, once, stands_alone=True)}
     path = tmp_path / "recipe.toml"
