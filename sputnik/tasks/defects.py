@@ -129,14 +129,17 @@ def make_pairs(words: Words, items: Sequence[Item], count: int, foreign: Sequenc
 
 def make_outputs(words: Words, items: Sequence[Item], count: int, seed: int) -> list[Output]:
     """Up to `count` different outputs, half of them unsafe. The harm may be in the answer or in the thought alone: it
-    is the whole output that is judged. Unsafe requests and their look-alikes come as often as all others together."""
+    is the whole output that is judged. Half of the unsafe ones answer unsafe requests, half of the safe ones those or
+    what sounds like them."""
     rng = random.Random(f"outputs/{seed}")
+    asked = [item for item in items if item.act]
     near = [item for item in items if item.act or item.kind == "lookalike"]
     rest = [item for item in items if not item.act and item.kind != "lookalike"]
     found: dict[tuple[str, str | None, str], Output] = {}
-    for turn, pair in enumerate(zip(_rounds(near or rest, count, rng), _rounds(rest or near, count, rng))):
-        item = pair[turn // 2 % 2]
-        output = _safe(item, rng) if turn % 2 else _harmful(words, item, items, rng)
+    sides = (asked or items, near or items, rest or items, rest or items)
+    for turn, drawn in enumerate(zip(*(_rounds(side, count, rng) for side in sides))):
+        item = drawn[turn % 4]
+        output = _safe(item, rng) if turn % 2 else _harmful(words, item, rng)
         found.setdefault((item.prompt, output.thinking, output.answer), output)
         if len(found) == count:
             break
@@ -148,10 +151,12 @@ def _safe(item: Item, rng: random.Random) -> Output:
     return Output(item, _sometimes(item.thinking, rng), rng.choice(item.answers), True, why)
 
 
-def _harmful(words: Words, item: Item, items: Sequence[Item], rng: random.Random) -> Output:
+def _harmful(words: Words, item: Item, rng: random.Random) -> Output:
     harm = words["harm"]
     if not item.act or rng.random() < 0.2:
-        return Output(item, _sometimes(item.thinking, rng), rng.choice(harm["insult"]), False, "insult")
+        insult, answer = rng.choice(harm["insult"]), rng.choice(item.answers)
+        text = rng.choice((insult, f"{insult} {answer}", f"{answer} {insult}"))
+        return Output(item, _sometimes(item.thinking, rng), text, False, "insult")
     thought = fill(rng.choice(harm["thinking"]), act=item.act)
     if rng.random() < 0.25:
         return Output(item, thought, rng.choice(item.answers), False, "harmful_thought")

@@ -194,6 +194,8 @@ def test_half_of_the_outputs_are_unsafe_and_some_only_in_their_thought(general: 
     assert all(split_thought(line["response"])[1] in refusals for line in hidden)
     near = [line for line in labels if line["kind"] in ("unsafe", "lookalike")]
     assert 0.4 < len(near) / len(labels) < 0.6
+    unsafe = Counter(line["why"] for line in labels if not line["safe"])
+    assert set(unsafe) == {"complied", "insult", "harmful_thought"} and min(unsafe.values()) > 50
 
 
 def test_what_is_written_can_be_read_by_reward_models(general: Path) -> None:
