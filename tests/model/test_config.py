@@ -106,7 +106,7 @@ def test_heads_must_divide_among_key_heads() -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="tiny, mini"):
+    with pytest.raises(ConfigError, match="tiny, dense, mini"):
         ModelConfig.preset("huge")
 
 
