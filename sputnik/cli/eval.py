@@ -26,8 +26,9 @@ from sputnik.eval.published import beside, table, tables
 from sputnik.eval.results import EvalResult, load_result
 from sputnik.eval.scaling import Scaling
 from sputnik.eval.stats import Interval
-from sputnik.recipe.evaluation import EvalConfig, Examination, examination, open_local, write_json
+from sputnik.recipe.evaluation import EvalConfig, Examination, examination, open_local
 from sputnik.tasks.base import Split
+from sputnik.train.state import write_json
 
 
 @dataclass(frozen=True)

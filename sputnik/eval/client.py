@@ -39,6 +39,9 @@ CHAT = "/chat/completions"
 TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 HOPELESS = frozenset({401, 402, 403, 404, 405})
 LONGEST_WAIT_S = 300.0
+"""However long a server asks us to wait."""
+FIRST_WAIT_S = 1.0
+"""Where it says nothing; doubled with each attempt, up to a minute, less up to a half by chance."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class Endpoint:
                     raise ConfigError(f"{self.url}: {refused}; is the server up?") from None
                 if refused.after is None or last:
                     break
-                await asyncio.sleep(refused.after or random.uniform(0.5, 1) * min(60.0, 2.0**attempt))
+                await asyncio.sleep(refused.after or random.uniform(0.5, 1) * min(60.0, FIRST_WAIT_S * 2**attempt))
         return problem, sample, failed_reply(str(reason))
 
     async def _once(self, client: Any, body: dict[str, Any]) -> Reply:
@@ -229,8 +232,8 @@ def read_reply(content: bytes) -> tuple[Reply, dict[str, int]]:
     answer, thinking, closed = (message.content or "").strip(), message.reasoning_content or message.reasoning, True
     if thinking is None:
         thinking, answer, closed = split_tags(answer)
-    stopped = finish == "stop"
-    completion = Completion(thinking.strip(), answer, closed, not stopped, stopped and closed and bool(answer))
+    thinking, stopped = thinking.strip(), finish == "stop"
+    completion = Completion(thinking, answer, closed, not stopped, stopped and closed and bool(answer))
     usage = body.usage or Usage()
     thought = (usage.completion_tokens_details or Details()).reasoning_tokens
     if thought is None:  # by its share of the text

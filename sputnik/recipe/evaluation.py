@@ -9,7 +9,6 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ from sputnik.eval.models import Local, fingerprint
 from sputnik.eval.results import EvalResult
 from sputnik.eval.scaling import Scaling, scale
 from sputnik.eval.suites import Suite, find_suite
-from sputnik.files import write_whole
 from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.recipe.runner import StageContext
 from sputnik.tasks.base import Problem, Split, Task, load_task, self_check
 from sputnik.tasks.verify import VerifierPool
+from sputnik.train.state import write_json
 
 SHOWN = 12
 Progressing = Callable[[int, int], None]
@@ -173,10 +172,6 @@ def run_evaluation(config: EvalConfig, context: StageContext) -> dict[str, Any]:
     (out / "samples.md").write_text(samples_page(firsts[:SHOWN]), encoding="utf-8")
     write_json(out / "eval.json", {**result.to_dict(), "samples": firsts})
     return {"pass@1": str(result.pass_at_1), "cons@k": str(result.cons_at_k), "truncated": result.truncated}
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False).encode(errors="replace"))
 
 
 def samples_page(samples: list[dict[str, Any]]) -> str:
