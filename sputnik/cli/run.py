@@ -1,6 +1,6 @@
-"""`sputnik run RECIPE.toml`: all stages of a recipe, then the report.
+"""`sputnik run RECIPE.toml`: all stages of a recipe, then the report; or all claims of a card, then the card.
 
-The same command again skips what is finished and continues what is not; see sputnik/recipe/runner.py.
+The same command again skips what is finished and continues what is not; see sputnik/recipe/runner.py and findings.py.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from tyro.conf import Positional, UseAppendAction
 
 from sputnik.cli.console import Console
 from sputnik.errors import ConfigError
+from sputnik.recipe.findings import is_card, read_card, run_card
+from sputnik.recipe.findings_page import write_card
 from sputnik.recipe.recipe import read_recipe
 from sputnik.recipe.report import write_report
 from sputnik.recipe.runner import run_recipe
@@ -22,18 +24,25 @@ class RunConfig:
     recipe: Positional[Path]
     """The recipe file; `ls recipes/` shows those of the project."""
     set: UseAppendAction[tuple[str, ...]] = ()
-    """STAGE.KEY=VALUE (or model.KEY=VALUE, seed=N): change one setting; may be repeated."""
+    """STAGE.KEY=VALUE (or model.KEY=VALUE, seed=N): change one setting; may be repeated. Of a card: seeds=N for at most
+    so many seeds, RECIPE.STAGE.KEY=VALUE."""
     name: str | None = None
     """Run into runs/NAME instead of the recipe's own name."""
     only: str | None = None
-    """Run this stage alone; its parents must be finished."""
+    """Run this stage alone; its parents must be finished. Of a card: these claims or recipes, with commas between."""
     fresh: str | None = None
-    """First delete this stage and every stage built on it."""
+    """First delete this stage and every stage built on it. Of a card: a recipe, or RECIPE.STAGE in every seed."""
     runs: Path = Path("runs")
     """Folder of all runs."""
 
 
 def main(config: RunConfig) -> None:
+    if is_card(config.recipe):
+        card, console = read_card(config.recipe, config.set, config.name), Console()
+        only = config.only.split(",") if config.only else []
+        run = run_card(card, config.runs, kind_of, console, write_card, only, config.fresh)
+        console.print(f"card: {run / 'findings.md'}", soft_wrap=True)
+        return
     run_and_report(config.recipe, config.set, name=config.name, only=config.only, fresh=config.fresh, runs=config.runs)
 
 

@@ -216,14 +216,14 @@ def _axes(name: str, size: tuple[float, float]) -> Iterator[tuple[Any, Any, list
         out.append(_inline(buffer.getvalue(), name, size))
 
 
-def _linear(axes: Any, unit: str, values: Sequence[float]) -> None:
+def _linear(axes: Any, unit: str, values: Sequence[float], from_zero: bool = True) -> None:
     """Few round ticks from zero, so that noise does not look like change; shares are written in percent."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     written = (lambda value, _: f"{100 * value:.3g} %") if unit == "%" else (lambda value, _: short(value))
     axes.yaxis.set_major_formatter(FuncFormatter(written))
-    if unit == "%" or min(values, default=0.0) >= 0:
+    if from_zero and (unit == "%" or min(values, default=0.0) >= 0):
         axes.set_ylim(bottom=0, top=None if max(values, default=0.0) > 0 else 1)
 
 
@@ -310,3 +310,72 @@ def _inline(svg: str, name: str, size: tuple[float, float]) -> str:
         body = body.replace(light, f"var(--{role})")
     body = "\n".join(filter(None, (row.strip() for row in body.splitlines())))
     return f'<svg viewBox="0 0 {size[0]:g} {size[1]:g}" aria-hidden="true" focusable="false">{body}</svg>'
+
+
+# --- for the findings card -------------------------------------------------------------------------------------------
+
+
+def pairs(name: str, labels: Sequence[str], seeds: Sequence[Sequence[float]], *, unit: str = "") -> str:
+    """One line per seed from the value of each label to the next, and the mean of each label as a bar."""
+    with _axes(name, SMALL) as (figure, axes, out):
+        for values in seeds:
+            axes.plot(range(len(labels)), values, color=color("slate"), linewidth=1.0, marker="o", markersize=4.2)
+        for place in range(len(labels)):
+            mean = float(np.mean([values[place] for values in seeds]))
+            axes.plot([place - 0.12, place + 0.12], [mean, mean], color=color("blue"), linewidth=2.6)
+        axes.set_xlim(-0.4, len(labels) - 0.6)
+        _linear(axes, unit, [value for values in seeds for value in values], from_zero=False)
+        _finish(figure, axes, "", legend=False)
+        axes.set_xticks(range(len(labels)), labels, color=color("ink"))
+    return out[0]
+
+
+def bands(
+    name: str,
+    groups: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    *,
+    x_label: str = "step",
+    unit: str = "",
+) -> str:
+    """Label -> (x, y) of each seed: the mean over the seeds, within the range of all; many points are smoothed."""
+    with _axes(name, SMALL) as (figure, axes, out):
+        for (label, seeds), role in zip(groups.items(), ("slate", "blue", "green", "amber"), strict=False):
+            length = min(len(x) for x, _ in seeds)
+            drawn = [thin(x[:length], y[:length]) for x, y in seeds]
+            x = np.mean([x for x, _ in drawn], axis=0)
+            y = np.array([moving_mean(y) if len(y) >= FEW else y for _, y in drawn])
+            axes.fill_between(x, y.min(0), y.max(0), color=color(role), alpha=0.18, linewidth=0)
+            style = {"marker": "o", "markersize": 3.6} if len(x) < FEW else {}
+            axes.plot(x, y.mean(0), color=color(role), linewidth=1.8, label=label, **style)
+        _linear(axes, unit, [value for seeds in groups.values() for _, y in seeds for value in y], from_zero=False)
+        _finish(figure, axes, x_label, legend=len(groups) > 1)
+    return out[0]
+
+
+def forest(name: str, rows: Sequence[tuple[str, str, float, float, float]]) -> str:
+    """(label, role, low, mean, high) from top to bottom on one axis around 0, which is a dashed line."""
+    with _axes(name, (900.0, 26.0 * len(rows) + 34)) as (figure, axes, out):
+        for place, (_, role, low, mean, high) in enumerate(rows):
+            axes.plot([low, high], [place, place], color=color(role), linewidth=2.2, solid_capstyle="butt")
+            axes.plot([mean], [place], color=color(role), marker="o", markersize=5.5)
+        axes.axvline(0, linestyle=(0, (4, 3)), linewidth=1.1, color=color("muted"))
+        axes.set_xlim(-1.15, 1.15)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xticks([])
+        axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=color("ink"))
+        axes.tick_params(length=0, labelsize=10.5)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        _place(figure, axes, 0)
+    return out[0]
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own, to be shown as an image: it brings the colours of both schemes along."""
+    light, dark = (";".join(f"--{role}:{each[i]}" for role, each in PALETTE.items()) for i in (0, 1))
+    style = f"svg{{{light};font-family:system-ui,sans-serif}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    head, rest = svg.split(">", 1)
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', head)
+    assert size is not None
+    head = head.replace("<svg", f'<svg xmlns="http://www.w3.org/2000/svg" width="{size[1]}" height="{size[2]}"')
+    return f"{head}><style>{style}</style>{rest}\n"
