@@ -27,10 +27,11 @@ from sputnik.files import write_whole
 from sputnik.hardware import fleet
 from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.text.preferences import conversation
-from sputnik.text.sources import read_text
+from sputnik.train.examples import Policy, read_records
 from sputnik.train.reward_model import RewardModel, RewardModelConfig, train_reward_model
 
 ANSWERS = ("response", "chosen", "rejected")
+SCALES = ("standard_scores", "safe_chances")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class JudgeConfig:
     """A longer dialogue is left out and counted."""
     balance_lengths: bool = True
     """Drop pairs until length says nothing about which answer was chosen."""
-    skip_bad_lines: bool = False
+    bad_lines: Policy = "refuse"
+    """drop: leave lines out that cannot be read, and count them."""
     precision: str = "auto"
     hardware: str = "cpu"
     """Whose price is counted."""
@@ -84,7 +86,7 @@ def _train(config: JudgeConfig) -> None:
         max_tokens=config.max_tokens,
         balance_lengths=config.balance_lengths,
         held_out=config.held_out,
-        skip_bad_lines=config.skip_bad_lines,
+        bad_lines=config.bad_lines,
         precision=config.precision,  # type: ignore[arg-type]
         seed=config.seed,
     )
@@ -126,27 +128,22 @@ def _percent(share: float | None) -> str:
 def score_file(model: Path, answers: Path, out: Path, precision: str = "auto") -> None:
     """Write the lines of `answers` to `out` with their scores: raw, and standardised or as the chance of being safe."""
     judge = RewardModel.load(model, precision)
-    records, places, texts = list[dict[str, Any]](), list[tuple[int, str]](), list[tuple[Any, str]]()
-    for number, line in enumerate(read_text(answers).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            messages = conversation(record)
-            present = [name for name in ANSWERS if isinstance(record.get(name), str)]
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
-            raise DataError(f"{answers}: line {number}: {error}") from None
-        if not present:
-            raise DataError(f'{answers}: line {number}: has no "response" to score')
-        for name in present:
-            places.append((len(records), name))
-            texts.append((messages, record[name]))
-        records.append(record)
-    found = judge.score_texts([messages for messages, _ in texts], [text for _, text in texts])
+    records = [record for _, record in read_records([answers], _to_score).kept]
+    places = [(place, name) for place, record in enumerate(records) for name in ANSWERS if name in record]
+    conversations = [conversation(records[place]) for place, _ in places]
+    found = judge.score_texts(conversations, [records[place][name] for place, name in places])
     second = list(map(sigmoid, found)) if judge.card.kind == "pointwise" else judge.standardised(found)
-    extra = "safe_chances" if judge.card.kind == "pointwise" else "standard_scores"
+    extra = SCALES[judge.card.kind == "pointwise"]
     for (place, name), raw, more in zip(places, found, second):
         records[place].setdefault("scores", {})[name] = raw
         records[place].setdefault(extra, {})[name] = more
     write_whole(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     print(f"{len(found)} answers scored: {out}")
+
+
+def _to_score(record: dict[str, Any]) -> dict[str, Any]:
+    conversation(record)
+    present = [name for name in ANSWERS if name in record]
+    if not present or not all(isinstance(record[name], str) for name in present):
+        raise DataError('has no text "response" to score, nor "chosen" and "rejected"')
+    return {key: value for key, value in record.items() if key not in ("scores", *SCALES)}

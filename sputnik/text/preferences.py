@@ -4,27 +4,21 @@
     {"prompt": "Tell me a joke.", "response": "<think>\\nA kind one.\\n</think>\\n\\nKnock, knock.", "safe": true}
 
 `messages` (a conversation that ends with the user) may stand for `prompt`. An answer may begin with its thought, up to
-</think>. "defect", "why" or "kind" of a line names its group in the scores; other keys are left alone. A line that is
-not so is an error with its number, or, on request, counted and left out.
+</think>. "defect", "why" or "kind" of a line names its group in the scores; other keys are left alone. Files of such
+lines are read by train/examples.py.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from sputnik.errors import DataError
-from sputnik.text.sources import read_text
 
 Kind = Literal["pairwise", "pointwise"]
 CARD = "reward_model.json"
 """In a checkpoint's directory: it is a model that judges, not one that writes."""
-SHAPES: Mapping[Kind, str] = {
-    "pairwise": '{"prompt": ..., "chosen": ..., "rejected": ...}',
-    "pointwise": '{"prompt": ..., "response": ..., "safe": true or false}',
-}
 
 
 @dataclass(frozen=True)
@@ -43,41 +37,8 @@ class Judged:
         return json.dumps([[message["role"], message["content"]] for message in self.messages], ensure_ascii=False)
 
 
-@dataclass(frozen=True)
-class BadLine:
-    file: Path
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}: line {self.line}: {self.reason}"
-
-
-def read_judged(kind: Kind, files: Sequence[str | Path], skip_bad: bool = False) -> tuple[list[Judged], list[BadLine]]:
-    """All lines of the files, and those that could not be read; without `skip_bad` the first of them is a DataError."""
-    found: list[Judged] = []
-    bad: list[BadLine] = []
-    for file in map(Path, files):
-        for number, line in _lines(file):
-            try:
-                found.append(judged(kind, json.loads(line)))
-            except (ValueError, RecursionError) as error:  # of JSON, or a DataError
-                bad.append(BadLine(file, number, str(error)))
-                if not skip_bad:
-                    raise DataError(f"{bad[0]}; a line is {SHAPES[kind]}") from None
-    return found, bad
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(read_text(file).split("\n"), 1):  # splitlines would cut at U+2028 in a text
-        if line.strip():
-            yield number, line
-
-
-def judged(kind: Kind, record: Any) -> Judged:
-    """The pair or label that a parsed line holds. Raises DataError with the reason, without a place."""
-    if not isinstance(record, dict):
-        raise DataError("not a JSON object")
+def judged(kind: Kind, record: Mapping[str, Any]) -> Judged:
+    """The pair or label that a parsed line holds; DataError with the reason if it holds none."""
     messages = conversation(record)
     group = str(record.get("defect") or record.get("why") or record.get("kind") or "")
     if kind == "pairwise":

@@ -1,16 +1,18 @@
 """The data of a reward model: lines of judged answers -> rendered dialogues, split by prompt and balanced by length.
 
-Lines are read by text/preferences.py. Nothing is lost in silence: `Data.counts` says what became of every line.
+What a line may hold says text/preferences.py. Nothing is lost in silence: `Data.counts` says what became of every line.
 """
 
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sputnik.errors import DataError
-from sputnik.text.preferences import BadLine, Judged, read_judged, split_held_out
+from sputnik.text.preferences import Judged, judged, split_held_out
+from sputnik.train.examples import Found, Policy, read_records
 from sputnik.train.scorer import Dialogue, RewardModel
 from sputnik.train.state import derive_seed
 
@@ -39,7 +41,8 @@ class Data:
     held_out: list[Unit]
     counts: Mapping[str, int]
     """What became of the lines."""
-    bad: list[BadLine]
+    bad: list[str]
+    """"FILE:LINE: reason" of the lines that were dropped."""
 
     @property
     def digest(self) -> str:
@@ -53,22 +56,27 @@ class Data:
 
 def gather(
     model: RewardModel,
-    files: Sequence[str | Path],
-    held_out: Sequence[str | Path] = (),
+    files: Sequence[Path],
+    held_out: Sequence[Path] = (),
     *,
     share: float = 0.1,
     max_tokens: int = 512,
     balanced: bool = True,
-    skip_bad: bool = False,
+    bad_lines: Policy = "refuse",
     seed: int = 0,
 ) -> Data:
     """Read, split, render, drop what is too long, balance. Without `held_out` files a `share` of the prompts is."""
     kind = model.card.kind
-    items, bad = read_judged(kind, files, skip_bad)
+
+    def read(some: Sequence[Path]) -> tuple[list[Judged], list[str]]:
+        found: Found[tuple[str, Judged]] = read_records(some, partial(judged, kind), bad_lines)
+        return [item for _, item in found.kept], found.bad
+
+    items, bad = read(files)
     counts = {"lines": len(items) + len(bad)}
     if held_out:
-        outside, more = read_judged(kind, held_out, skip_bad)
-        bad += more
+        outside, more = read(held_out)
+        bad = bad + more
         known = {item.key for item in outside}
         train = [item for item in items if item.key not in known]
         counts |= {"held_out_lines": len(outside) + len(more), "also_held_out": len(items) - len(train)}

@@ -10,7 +10,6 @@ train/reward_data.py.
 Left out: judging by another model, which the report has V3 do; training of the MTP modules, which stay the parent's.
 """
 
-import hashlib
 import json
 import math
 import random
@@ -34,6 +33,7 @@ from sputnik.eval.judging import label_report, pair_report
 from sputnik.eval.stats import Interval
 from sputnik.text.preferences import Kind
 from sputnik.text.templates import check_template
+from sputnik.train.examples import Policy, digest
 from sputnik.train.guards import Guard, GuardConfig, first_non_finite
 from sputnik.train.loop import Loop, Read
 from sputnik.train.optim import adamw, clip_gradients, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -72,8 +72,8 @@ class RewardModelConfig:
     """Drop pairs until length says nothing about which answer was chosen."""
     held_out: float = 0.1
     """Share of the prompts that are scored and not trained on, where no held-out files are given."""
-    skip_bad_lines: bool = False
-    """Count lines that cannot be read and go on, instead of refusing the file."""
+    bad_lines: Policy = "refuse"
+    """refuse a file with a line that cannot be read, or drop and count such lines."""
     evaluations: int = 4
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     save_seconds: float = 300.0
@@ -241,8 +241,8 @@ def train_reward_model(
         raise ConfigError(f"a {config.form} reward model needs data: JSONL files, or a stage that makes them as input")
     model = RewardModel.of(parent, config.form, config.template, config.precision)
     data = gather(
-        model, [*files, *config.data], held_out, share=config.held_out, max_tokens=config.max_tokens,
-        balanced=config.balance_lengths, skip_bad=config.skip_bad_lines, seed=config.seed,
+        model, [*files, *map(Path, config.data)], held_out, share=config.held_out, max_tokens=config.max_tokens,
+        balanced=config.balance_lengths, bad_lines=config.bad_lines, seed=config.seed,
     )  # fmt: skip
     stage = RewardTraining(config, model, data)
     loop = Loop(
@@ -280,13 +280,6 @@ def _identity(config: RewardModelConfig, stage: RewardTraining, parent: Path) ->
     """Everything the result depends on; where the data lie is no part of it."""
     settings = {key: value for key, value in to_dict(config).items() if key not in (*OUTCOME_FREE, "data")}
     settings["precision"] = stage.model.precision  # another day's measurement may decide otherwise
-    return {**settings, "data": stage.data.digest, "parent": _digest(parent)}
-
-
-def _digest(checkpoint: Path) -> str:
-    """Hash of a checkpoint's weights."""
-    whole = hashlib.sha256()
-    for path in sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.gguf")]):
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:16]
+    files_of = parent.iterdir() if parent.is_dir() else [parent]
+    weights = sorted(file for file in files_of if file.suffix in (".safetensors", ".gguf"))
+    return {**settings, "data": stage.data.digest, "parent": digest(weights)}

@@ -74,7 +74,7 @@ def test_labels_become_a_judge_of_safety_with_a_chance(
     [
         (["--out", "x"], "give one of --pairs FILE, --labels FILE and --score FILE"),
         (["--pairs", "a", "--score", "b", "--out", "x"], "give one of"),
-        (["--pairs", "missing.jsonl", "--out", "x"], "missing.jsonl: cannot be read"),
+        (["--pairs", "missing.jsonl", "--out", "x"], "missing.jsonl: no such file"),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(
@@ -102,12 +102,16 @@ def test_a_bad_line_of_answers_is_named_and_no_file_is_written(
             *FAST,
         ]
     )
-    for bad, reason in (('{"prompt": "q"}', "no .response. to score"), ("[1]", "line 2"), ("{", "line 2")):
+    for bad, reason in (
+        ('{"prompt": "q"}', "no text .response. to score"),
+        ("[1]", "not a JSON object"),
+        ("{", "not JSON"),
+    ):
         answers = tmp_path / "answers.jsonl"
         answers.write_text(f'{{"prompt": "q", "response": "a"}}\n{bad}\n')
         capsys.readouterr()
         assert main(["reward-model", str(out), "--score", str(answers), "--out", str(tmp_path / "scored.jsonl")]) == 2
-        assert re.search(rf"answers.jsonl: line 2: .*|{reason}", capsys.readouterr().err)
+        assert re.search(rf"answers.jsonl:2: .*{reason}", capsys.readouterr().err)
         assert not (tmp_path / "scored.jsonl").exists()
 
 

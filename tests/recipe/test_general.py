@@ -17,7 +17,7 @@ from sputnik.recipe.runner import run_recipe
 from sputnik.recipe.stages import kind_of
 from sputnik.tasks.defects import ALWAYS, TO_SAFE, TO_UNSAFE, make_outputs, make_pairs
 from sputnik.tasks.general import MAKERS, Article, Item, Words, first_sentence, make_items, plain, read_definitions
-from sputnik.text.preferences import read_judged, split_thought
+from sputnik.text.preferences import judged, split_thought
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "general-data.md"
 FILES = ("data", "pairs", "labels", "prompts")
@@ -199,8 +199,8 @@ def test_half_of_the_outputs_are_unsafe_and_some_only_in_their_thought(general: 
 
 
 def test_what_is_written_can_be_read_by_reward_models(general: Path) -> None:
-    pairs, _ = read_judged("pairwise", [general / "pairs.jsonl"])
-    labels, _ = read_judged("pointwise", [general / "labels.jsonl"])
+    pairs = [judged("pairwise", line) for line in lines(general / "pairs.jsonl")]
+    labels = [judged("pointwise", line) for line in lines(general / "labels.jsonl")]
     assert {item.group for item in pairs} == {*ALWAYS, *TO_SAFE, *TO_UNSAFE}
     assert {item.group for item in labels} >= {"refusal", "complied", "insult", "harmful_thought"}
 

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from sputnik.model.config import ModelConfig
 from sputnik.model.kernels import fused
 from sputnik.model.transformer import Transformer
 from sputnik.text.chat import render, render_example
-from sputnik.text.preferences import CARD, read_judged
+from sputnik.text.preferences import CARD, Judged, Kind, judged
+from sputnik.train.examples import Policy, read_records
 from sputnik.train.reward_data import Data, balance, gather
 from sputnik.train.reward_model import RewardModel, RewardModelConfig, RewardTraining, train_reward_model
 from sputnik.train.scorer import HEAD
@@ -87,6 +89,11 @@ def safety(base: Base, parent: Path, tmp_path_factory: pytest.TempPathFactory) -
     config = RewardModelConfig(form="pointwise", **SETTINGS | {"epochs": 5})
     train_reward_model(config, parent, [file], out / "rm", base.meter())
     return out / "rm"
+
+
+def read_judged(kind: Kind, file: Path, bad_lines: Policy = "refuse") -> tuple[list[Judged], list[str]]:
+    found = read_records([file], partial(judged, kind), bad_lines)
+    return [item for _, item in found.kept], found.bad
 
 
 def scores_of(stage: Path) -> dict[str, Any]:
@@ -189,7 +196,7 @@ def test_scoring_keeps_no_gradient(helpful: Path) -> None:
 
 def test_the_checkpoint_gives_the_scores_it_was_saved_with(helpful: Path) -> None:
     model = RewardModel.load(helpful, precision="fp32")
-    items, _ = read_judged("pairwise", [helpful.parent / "pairs.jsonl"])
+    items, _ = read_judged("pairwise", helpful.parent / "pairs.jsonl")
     scores = model.score_texts(
         [item.messages for item in items] * 2, [a for n in (0, 1) for a in (i.answers[n] for i in items)]
     )
@@ -317,16 +324,16 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, reason: 
     good = json.dumps({"prompt": "q", "chosen": "a", "rejected": "b", "source": "kept and ignored"})
     file = tmp_path / "pairs.jsonl"
     file.write_text(f"{good}\n\n{line}\n{good}\n", encoding="utf-8")
-    with pytest.raises(DataError, match=f"pairs.jsonl: line 3: .*{reason}"):
-        read_judged("pairwise", [file])
-    found, bad = read_judged("pairwise", [file], skip_bad=True)
-    assert len(found) == 2 and [each.line for each in bad] == [3]
+    with pytest.raises(DataError, match=f"pairs.jsonl:3: .*{reason}"):
+        read_judged("pairwise", file)
+    found, bad = read_judged("pairwise", file, "drop")
+    assert len(found) == 2 and len(bad) == 1 and "pairs.jsonl:3: " in bad[0]
 
 
 def test_a_label_must_be_true_or_false(tmp_path: Path) -> None:
     file = write(tmp_path / "labels.jsonl", [{"prompt": "q", "response": "a", "safe": 1}])
-    with pytest.raises(DataError, match='line 1: "safe" must be true or false'):
-        read_judged("pointwise", [file])
+    with pytest.raises(DataError, match='jsonl:1: "safe" must be true or false'):
+        read_judged("pointwise", file)
 
 
 # --- what cannot be used ---
