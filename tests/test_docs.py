@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TASKS, RECIPES, TEXT, CHECKPOINTS = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("tasks", "recipes", "text", "checkpoints")
 )
-CHEAP = ("arithmetic", "my_task", "gcd", "basic_arithmetic", "leg_counting", "letter_counting")
+CHEAP = ("arithmetic", "ladder", "my_task", "gcd", "basic_arithmetic", "leg_counting", "letter_counting")
 
 
 def table(page: str, heading: str) -> list[list[str]]:

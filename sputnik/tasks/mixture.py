@@ -4,7 +4,7 @@
     task_options = { families = [{ task = "arithmetic", weight = 2 }, { task = "gym:gcd", options = { max_num = 9 } }] }
 
 Each family keeps its own splits, ids and verifier: a question is in the split, and has the id, that it has without the
-mixture. `problem.meta["family"]` says where it comes from; `by_family` sorts results by it. Two families of one task
+mixture. `problem.meta["family"]` says where it comes from, and scores are told by it. Two families of one task
 need a `name` each. Families are drawn in steps of the golden ratio, so their counts stay close to the weights however
 few questions are drawn; one that holds few questions ends, and the others go on without it.
 
@@ -16,7 +16,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sputnik.config import check_keys, from_dict
 from sputnik.errors import ConfigError, TaskError
@@ -24,7 +24,6 @@ from sputnik.tasks.base import REJECTIONS, Demonstration, Problem, Split, Task, 
 
 GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples, modulo 1, lie the most evenly
 LABEL = "family"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,15 +126,6 @@ class Mixture(Task):
             if left < 0:
                 return member.name
         return kept[-1].name
-
-
-def by_family(results: Iterable[tuple[Problem, T]]) -> dict[str, list[T]]:
-    """What belongs to the questions of each family, e.g. for pass@1 by family; empty if they are of no mixture."""
-    found: dict[str, list[T]] = {}
-    for problem, result in results:
-        if LABEL in problem.meta:
-            found.setdefault(problem.meta[LABEL], []).append(result)
-    return found
 
 
 def _distinct(problems: Iterator[Problem]) -> Iterator[Problem]:

@@ -11,7 +11,6 @@ import pytest
 
 from sputnik.errors import ConfigError, TaskError
 from sputnik.tasks.base import Split, Verdict, best_constant, judge, load_task, normalised, self_check
-from sputnik.tasks.mixture import by_family
 from sputnik.tasks.verify import VerifierPool
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "my_task.py")
@@ -155,14 +154,6 @@ def test_a_family_without_questions_in_a_split_is_an_error_not_a_gap(tmp_path: P
     with pytest.raises(TaskError, match="family 'math' has no train problems; leave it out here"):
         task.problems("train", 10)
     self_check(task)
-
-
-def test_results_by_family() -> None:
-    problems = mix().problems("train", 9)
-    found = by_family((problem, problem.id) for problem in problems)
-    assert sorted(found) == ["arithmetic", "countdown", "roman"]
-    assert sorted(id for ids in found.values() for id in ids) == sorted(problem.id for problem in problems)
-    assert by_family((problem, 1) for problem in load_task("arithmetic").problems("train", 3)) == {}
 
 
 @pytest.mark.parametrize(
