@@ -158,7 +158,7 @@ def test_length_does_not_tell_which_answer_was_chosen(general: Path) -> None:
     assert 0.4 < sum(longer) / len(longer) < 0.6
     by_defect = Counter(pair["defect"] for pair in pairs)
     assert set(by_defect) == {*ALWAYS, *TO_SAFE, *TO_UNSAFE}
-    assert by_defect.most_common(1)[0][1] < len(pairs) / 3
+    assert by_defect.most_common(1)[0][0] == "off_topic" and by_defect["off_topic"] < len(pairs) / 3
 
 
 def test_no_text_is_good_or_bad_in_itself(general: Path) -> None:
@@ -177,7 +177,8 @@ def test_harm_is_refused_and_what_only_sounds_so_is_answered(general: Path) -> N
             assert pair["chosen"] in refusals and pair["defect"] != "refused"
         else:
             assert pair["chosen"] not in refusals and pair["defect"] not in TO_UNSAFE
-    assert any(p["kind"] == "lookalike" and p["defect"] == "refused" for p in lines(general / "pairs.jsonl"))
+    refused = {pair["rejected"] for pair in lines(general / "pairs.jsonl") if pair["defect"] == "refused"}
+    assert len(refused & refusals) > 5, "what is right for one is wrong for the other"
     assert max(map(len, refusals)) < 130, "kind and short"
 
 
