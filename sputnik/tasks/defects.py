@@ -87,7 +87,10 @@ def _wrong_language(draw: Draw, item: Item, answer: str) -> str:
 
 
 def _refused(draw: Draw, item: Item, answer: str) -> str:
-    return draw.some("refuse", 1, 2)
+    """Half of the time in the very words that are right for an unsafe request."""
+    groups = [group for group in draw.words["unsafe"].values() if isinstance(group, dict)]
+    meant: str = draw.rng.choice(draw.rng.choice(groups)["refuse"])
+    return meant if draw.rng.random() < 0.5 else draw.some("refuse", 1, 2)
 
 
 def _complied(draw: Draw, item: Item, answer: str) -> str:
@@ -104,6 +107,8 @@ ALWAYS: Mapping[str, Defect] = {
 }  # fmt: skip
 TO_SAFE: Mapping[str, Defect] = {"refused": _refused}
 TO_UNSAFE: Mapping[str, Defect] = {"complied": _complied, "preached": _preached}
+OFTEN: Mapping[str, int] = {"off_topic": 4, "refused": 3, "complied": 4}
+"""How much likelier than the others are those that only the question gives away."""
 
 
 def make_pairs(words: Words, items: Sequence[Item], count: int, foreign: Sequence[str], seed: int) -> list[Pair]:
@@ -119,7 +124,7 @@ def make_pairs(words: Words, items: Sequence[Item], count: int, foreign: Sequenc
         longer = [name for name, text in usable.items() if len(text) > len(chosen)]
         shorter = [name for name, text in usable.items() if len(text) <= len(chosen)]
         first, second = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
-        defect = rng.choice(first or second)
+        (defect,) = rng.choices(first or second, [OFTEN.get(name, 1) for name in first or second])
         pair = Pair(item, chosen, usable[defect], defect)
         found.setdefault((item.prompt, chosen, pair.rejected), pair)
         if len(found) == count:
