@@ -266,7 +266,7 @@ def _record(task: Task, problem: Problem, sample: int, reply: Reply, judgement: 
         length=reply.length,
         thinking_length=reply.thinking_length,
         well_formed=completion.well_formed,
-        self_check=task.self_checks(completion.thinking),
+        self_check=task.task_of(problem).self_checks(completion.thinking),
     )
 
 

