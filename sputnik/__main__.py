@@ -22,6 +22,7 @@ VERBS = {
     "generate": ("sputnik.cli.generate:GenerateConfig", "answer a file of prompts, many at a time, resumable"),
     "traces": ("sputnik.cli.traces:TracesVerbConfig", "a model's right and readable answers as examples to train on"),
     "reward-model": ("sputnik.cli.reward_model:JudgeConfig", "train a judge of answers, or let one score a file"),
+    "distill": ("sputnik.cli.distill:DistillConfig", "a small model learns what a larger one wrote"),
     "sft": ("sputnik.cli.sft:SftVerbConfig", "teach a model your dialogues, resumable"),
     "convert": ("sputnik.cli.convert:ConvertConfig", "write a model as Hugging Face safetensors or GGUF"),
     "report": ("sputnik.cli.report:ReportConfig", "write report.html and report.json of a run"),
