@@ -75,6 +75,7 @@ def gather(run: Run) -> dict[str, Any]:
         "task": next((score["task"] for score in judged if score.get("task")), None),
         "model": _model_size(run),
         "stages": [{**_described(stage), **cost} for stage, cost in zip(run.stages, costs, strict=True)],
+        "models": _models(run),
         "scores": {stage.name: {"of": _model(stage), **(stage.score or {})} for stage in run.stages if stage.score},
         "cost": {"stages": costs, "total": total, "discarded": lost, "published": published},
         "hardware": run.lineage.get("hardware") or run.recipe.get("hardware"),
@@ -104,6 +105,30 @@ def _gain(before: Stage | None, after: Stage | None) -> dict[str, Any] | None:
         return None
     samples = ((after.evaluation or {}).get("k") if after else None) or 1
     return asdict(paired([shares[0][key] for key in shares[1]], list(shares[1].values()), samples))
+
+
+def _models(run: Run) -> list[dict[str, Any]]:
+    """Every model that was scored, in order, as in R1's table of its Dev checkpoints; `change` is against the model it
+    was made from, on the same questions. Empty for fewer than three: the headline says it all."""
+    scored = [(stage, found[0]) for stage in run.stages if stage.kind != "eval" and (found := run.evaluations(stage))]
+    by_name = {stage.name: stage for stage in run.stages}
+    rows = []
+    for stage, score in scored if len(scored) > 2 else ():
+        before, after = comparable(run.evaluations(by_name.get(stage.parent or "")), [score])
+        facts = after.score or {} if after else {}
+        rows.append(
+            {
+                "model": stage.name,
+                "kind": stage.kind,
+                "from": stage.parent,
+                "evaluation": score.name,
+                "pass_at_1": _estimate(after),
+                "change": _gain(before, after),
+                "different_conditions": _differences(before, after),
+                **{key: facts.get(key) for key in ("cons_at_k", "families", "length", "well_formed", "self_check")},
+            }
+        )
+    return rows
 
 
 def _estimate(stage: Stage | None) -> dict[str, Any] | None:

@@ -185,6 +185,32 @@ def test_gain_is_paired_by_question(bare: Path) -> None:
     assert (gain["mean"], gain["low"], gain["high"]) == (expected.mean, expected.low, expected.high)
 
 
+def add_model(run: Path, edit_json: Edit, name: str, kind: str, parent: str, like: str) -> None:
+    """A further model and its evaluation, scores copied from another's."""
+    for stage, of, below in ((name, kind, parent), (f"{name}-eval", "eval", name)):
+        record = {"name": stage, "kind": of, "parent": below, "hash": stage, "status": "done", "seconds": 1, "usd": 0.1}
+        edit_json(run / "lineage.json", lambda value, record=record: value["stages"].append(record))
+        (run / stage).mkdir()
+    score = json.loads((run / like / "eval.json").read_text())
+    score["families"] = {"sums": score["pass_at_1"], "<b>gcd</b>": score["cons_at_k"]}
+    (run / f"{name}-eval/eval.json").write_text(json.dumps(score))
+
+
+def test_three_models_or_more_are_told_stage_by_stage_against_what_they_were_made_from(
+    bare: Path, edit_json: Edit
+) -> None:
+    assert facts(write_report(bare))["models"] == []
+    add_model(bare, edit_json, "dev1", "sft", "base", like="zero-eval")
+    add_model(bare, edit_json, "dev2", "rl", "dev1", like="zero-eval")
+    paths = write_report(bare)
+    rows = {row["model"]: row for row in facts(paths)["models"]}
+    assert list(rows) == ["base", "zero", "dev1", "dev2"] and rows["base"]["change"] is None
+    assert rows["dev1"]["change"] == rows["zero"]["change"] == facts(paths)["gain"]
+    assert rows["dev2"]["from"] == "dev1" and rows["dev2"]["change"]["mean"] == 0
+    page = Page(paths.html)
+    assert "The models, stage by stage" in page.text and "<b>gcd</b>" in page.text
+
+
 def test_no_gain_is_claimed_when_the_interval_holds_zero(bare: Path) -> None:
     same = (bare / "base-eval/eval.json").read_text()
     (bare / "zero-eval/eval.json").write_text(same)
