@@ -8,6 +8,8 @@
     eval        model -> scores                                              sputnik/recipe/evaluation.py
     general     texts -> open prompts, examples, pairs, safety labels        sputnik/recipe/general.py
     reward-model  model, pairs or labels -> judge of answers                 sputnik/train/reward_model.py
+    speed       model -> how well its MTP modules guess, and what that gains sputnik/recipe/measures.py
+    readability evaluation -> how many of its thoughts a person can read     sputnik/recipe/measures.py
 
 Stage functions in `train/` know nothing of recipes; the functions here hand them the directories.
 """
@@ -21,6 +23,7 @@ from sputnik.recipe.corpus import CorpusConfig, build_corpus
 from sputnik.recipe.evaluation import EvalConfig, run_evaluation
 from sputnik.recipe.general import GeneralConfig, build_general
 from sputnik.recipe.judges import run_reward_model
+from sputnik.recipe.measures import ReadabilityConfig, SpeedConfig, run_readability, run_speed
 from sputnik.recipe.recipe import Kind, model_config
 from sputnik.recipe.runner import StageContext
 from sputnik.text.tokenizer import Tokenizer
@@ -67,7 +70,9 @@ def run_sft(config: sft.SFTConfig, context: StageContext) -> dict[str, Any]:
 def run_traces(config: traces.TracesConfig, context: StageContext) -> dict[str, Any]:
     """Sample the parent's checkpoint, or the teacher behind `url`, and keep what is worth learning."""
     if context.parent is None and not config.url:
-        raise ConfigError("a traces stage needs a parent with a checkpoint, or the url of a teacher; write parent = NAME")
+        raise ConfigError(
+            "a traces stage needs a parent with a checkpoint, or the url of a teacher; write parent = NAME"
+        )
     checkpoint = None if config.url or context.parent is None else context.parent / "checkpoint"
     meter = Meter(*fleet(context.recipe.hardware))
     return traces.collect_traces(config, checkpoint, context.directory, meter, context.console)
@@ -107,6 +112,8 @@ KINDS = {
     ),
     "traces": Kind(traces.TracesConfig, run_traces, resumable=True, headline=("kept", "samples", "length", "checks")),
     "eval": Kind(EvalConfig, run_evaluation, headline=("pass@1", "cons@k", "truncated")),
+    "speed": Kind(SpeedConfig, run_speed, headline=("acceptance", "speed_up")),
+    "readability": Kind(ReadabilityConfig, run_readability, headline=("readable", "language")),
 }
 
 
