@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,8 +82,10 @@ class Server:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, memory_file(b"") as errors:
+        with theirs, memory_file(b"") as errors, ExitStack() as undo:
+            undo.callback(self.control.close)
             self._process, first = _launch(limits, theirs.fileno(), errors)
+            undo.pop_all()
             self.close = weakref.finalize(self, _kill, self._process, first, self.control)
             theirs.close()
             self.control.settimeout(STARTUP_S)
@@ -106,7 +108,7 @@ def _launch(limits: Limits, control: int, errors: int) -> tuple["subprocess.Pope
     """The bubblewrap process, and a handle of the first process inside; None if it never came to that."""
     settings = {"control": control, "filter": _filter(server=False).hex(), "limits": _rlimits(limits)}
     settings["files"] = limits.files
-    with _pipe() as (info, their_info), _pipe() as (their_go, go), memory_file(_filter(server=True)) as lock:
+    with _pipe() as (info, their_info), _pipe() as (their_go, _), memory_file(_filter(server=True)) as lock:
         command = [_find_bubblewrap(), *_walls(limits), "--seccomp", str(lock), "--info-fd", str(their_info.fileno())]
         mapped = _may_map_users()
         if (
@@ -129,17 +131,15 @@ def _launch(limits: Limits, control: int, errors: int) -> tuple["subprocess.Pope
         told = b"".join(iter(lambda: info.read(4096), b""))
         if not told:
             return process, None
-        number = json.loads(told)["child-pid"]
+        number, first = json.loads(told)["child-pid"], None
         try:
             first = os.pidfd_open(number)
             for kind in ("uid_map", "gid_map") if mapped else ():
                 Path(f"/proc/{number}/{kind}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
-            go.write(b"go")
         except OSError as error:
             process.kill()
             os.write(errors, str(error).encode())
-            return process, None
-    return process, first
+        return process, first  # bubblewrap goes on when our end of the pipe is closed
 
 
 def _kill(process: "subprocess.Popen[bytes]", first: int | None, control: socket.socket) -> None:

@@ -252,6 +252,7 @@ def own_files() -> tuple[BinaryIO, BinaryIO]:
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 0)
     os.dup2(silence, 1)
+    os.close(silence)
     return files
 
 
