@@ -111,7 +111,13 @@ KINDS = {
         headline=("examples", "loss", "val_loss", "bits_per_byte"),
     ),
     "traces": Kind(traces.TracesConfig, run_traces, resumable=True, headline=("kept", "samples", "length", "checks")),
-    "eval": Kind(EvalConfig, run_evaluation, headline=("pass@1", "cons@k", "truncated")),
+    "eval": Kind(
+        EvalConfig,
+        run_evaluation,
+        resumable=True,
+        outcome_free=frozenset({"workers"}),
+        headline=("pass@1", "cons@k", "truncated"),
+    ),
     "speed": Kind(SpeedConfig, run_speed, headline=("acceptance", "speed_up")),
     "readability": Kind(ReadabilityConfig, run_readability, headline=("readable", "language")),
 }

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sputnik.__main__ import main
 from sputnik.errors import ConfigError, TaskError
+from sputnik.eval.models import Local
 from sputnik.eval.results import load_result
 from sputnik.recipe.evaluation import EvalConfig, evaluate_checkpoint
 from sputnik.recipe.recipe import read_recipe
@@ -107,3 +108,26 @@ def test_an_eval_stage_scores_a_suite_and_its_scaling(tmp_path: Path) -> None:
 def test_settings_that_contradict_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EvalConfig(**settings)
+
+
+def test_a_stage_that_was_stopped_goes_on_with_the_answers_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE.replace("scaling = true\nbudgets = [2, 6]\n", ""))
+    whole = run_recipe(read_recipe(path, kind_of), tmp_path / "runs", kind_of, Console(file=io.StringIO()))
+    wanted = (whole / "scores/samples.jsonl").read_bytes()
+    kept = b"".join(wanted.splitlines(keepends=True)[:4]) + b'{"torn'
+    lineage = json.loads((whole / "lineage.json").read_text())
+    lineage["stages"][-1]["status"] = "stopped"
+    (whole / "lineage.json").write_text(json.dumps(lineage))
+    (whole / "scores/eval.json").unlink()
+    (whole / "scores/samples.jsonl").write_bytes(kept)
+    asked: list[int] = []
+    ask = Local.ask
+    monkeypatch.setattr(
+        Local, "ask", lambda self, questions, k: asked.append(len(questions)) or ask(self, questions, k)
+    )
+    run_recipe(read_recipe(path, kind_of), tmp_path / "runs", kind_of, Console(file=io.StringIO()))
+    assert asked == [1]
+    assert (whole / "scores/samples.jsonl").read_bytes() == wanted and (whole / "scores/eval.json").exists()
