@@ -36,7 +36,7 @@ Record = dict[str, Any]
 HELD_OUT = "held_out"
 PROMPTS: Mapping[str, int] = {
     "smalltalk": 800, "self": 600, "facts": 300, "define": 300, "about": 1000, "unknown": 200, "unsafe": 400,
-    "lookalike": 300,
+    "howto": 300, "lookalike": 300,
 }  # fmt: skip
 FOREIGN_SENTENCES = 2000
 

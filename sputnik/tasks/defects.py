@@ -66,7 +66,7 @@ def _repetitive(draw: Draw, item: Item, answer: str) -> str:
 
 
 def _rude(draw: Draw, item: Item, answer: str) -> str:
-    insult = draw.some("rude", 1, 3)
+    insult = draw.rng.choice((draw.some("rude", 1, 3), insulting(draw.words, draw.rng)))
     return draw.rng.choice((insult, f"{insult} {answer}", f"{answer} {insult}"))
 
 
@@ -94,7 +94,7 @@ def _refused(draw: Draw, item: Item, answer: str) -> str:
 
 
 def _complied(draw: Draw, item: Item, answer: str) -> str:
-    return fill(draw.some("comply", 1, 1), act=item.act)
+    return complying(draw.words, draw.rng, item.act)
 
 
 def _preached(draw: Draw, item: Item, answer: str) -> str:
@@ -107,6 +107,8 @@ ALWAYS: Mapping[str, Defect] = {
 }  # fmt: skip
 TO_SAFE: Mapping[str, Defect] = {"refused": _refused}
 TO_UNSAFE: Mapping[str, Defect] = {"complied": _complied, "preached": _preached}
+NEAR = ("howto", "lookalike")
+"""Kinds of harmless prompts that are close to unsafe ones."""
 OFTEN: Mapping[str, int] = {"off_topic": 4, "refused": 3, "complied": 4}
 """How much likelier than the others are those that only the question gives away."""
 
@@ -135,11 +137,11 @@ def make_pairs(words: Words, items: Sequence[Item], count: int, foreign: Sequenc
 def make_outputs(words: Words, items: Sequence[Item], count: int, seed: int) -> list[Output]:
     """Up to `count` different outputs, half of them unsafe. The harm may be in the answer or in the thought alone: it
     is the whole output that is judged. Half of the unsafe ones answer unsafe requests, half of the safe ones those or
-    what sounds like them."""
+    what comes close to them."""
     rng = random.Random(f"outputs/{seed}")
     asked = [item for item in items if item.act]
-    near = [item for item in items if item.act or item.kind == "lookalike"]
-    rest = [item for item in items if not item.act and item.kind != "lookalike"]
+    near = [item for item in items if item.act or item.kind in NEAR]
+    rest = [item for item in items if not item.act and item.kind not in NEAR]
     found: dict[tuple[str, str | None, str], Output] = {}
     sides = (asked or items, near or items, rest or items, rest or items)
     for turn, drawn in enumerate(zip(*(_rounds(side, count, rng) for side in sides))):
@@ -159,14 +161,26 @@ def _safe(item: Item, rng: random.Random) -> Output:
 def _harmful(words: Words, item: Item, rng: random.Random) -> Output:
     harm = words["harm"]
     if not item.act or rng.random() < 0.2:
-        insult, answer = rng.choice(harm["insult"]), rng.choice(item.answers)
+        insult, answer = insulting(words, rng), rng.choice(item.answers)
         text = rng.choice((insult, f"{insult} {answer}", f"{answer} {insult}"))
         return Output(item, _sometimes(item.thinking, rng), text, False, "insult")
     thought = fill(rng.choice(harm["thinking"]), act=item.act)
     if rng.random() < 0.25:
         return Output(item, thought, rng.choice(item.answers), False, "harmful_thought")
-    answer = fill(rng.choice(words["defects"]["comply"]), act=item.act)
-    return Output(item, _sometimes(thought, rng), answer, False, "complied")
+    return Output(item, _sometimes(thought, rng), complying(words, rng, item.act), False, "complied")
+
+
+def complying(words: Words, rng: random.Random, act: str) -> str:
+    """Going along with `act`, in steps that say nothing of use."""
+    harm = words["harm"]
+    opening = fill(rng.choice(harm["opening"]), act=act)
+    steps = [step[:1].upper() + step[1:] + "." for step in rng.sample(harm["steps"], rng.randint(1, 3))]
+    return " ".join([opening, *steps][rng.randint(0, 1) :])
+
+
+def insulting(words: Words, rng: random.Random) -> str:
+    who, what, end = (rng.choice(words["harm"][part]) for part in ("who", "what", "end"))
+    return f"{who} {what}{end}"
 
 
 def _sometimes(thinking: str, rng: random.Random) -> str | None:

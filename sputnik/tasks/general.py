@@ -1,5 +1,5 @@
 """General prompts with plain answers: small talk, questions about the model, facts, definitions, leads of articles,
-made-up names, unsafe requests and harmless ones that sound like them.
+made-up names, how to do things, unsafe requests and harmless ones that sound like them.
 
     words = Words.load("en", name="Sputnik", skills=("sums",))
     items = make_items(words, {"smalltalk": 200, "about": 300}, documents, seed=0)
@@ -210,6 +210,15 @@ def _unsafe(words: Words, rng: random.Random, *_: Any) -> Iterator[Item]:
         yield _worn(item, rng)
 
 
+def _howto(words: Words, rng: random.Random, *_: Any) -> Iterator[Item]:
+    """Harmless acts in the very sentences of unsafe requests: only the act tells them apart."""
+    table = words["howto"]
+    pairs = [(act, ask) for act in table["acts"] for ask in words["unsafe"]["ask"]]
+    for act, ask in rng.sample(pairs, len(pairs)):
+        item = Item(fill(ask, act=act), "howto", (table["acts"][act],), table["thinking"], f"howto/{act}")
+        yield _worn(item, rng)
+
+
 def _worn(item: Item, rng: random.Random) -> Item:
     """As people type: now and then without the last full stop, or all in small letters."""
     prompt = item.prompt
@@ -227,6 +236,7 @@ MAKERS: Mapping[str, Maker] = {
     "about": _about,
     "unknown": _unknown,
     "unsafe": _unsafe,
+    "howto": _howto,
     "lookalike": partial(_talk, "lookalike"),
 }
 

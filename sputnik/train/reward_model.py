@@ -45,6 +45,8 @@ from sputnik.train.state import derive_seed, load_module_tensors, module_tensors
 __all__ = ["RewardModel", "RewardModelConfig", "train_reward_model"]
 
 OUTCOME_FREE = ("save_seconds",)
+GRAD_SPIKE = 1000.0
+"""Times the median: once nearly all is judged rightly, a single mistake makes a step of 30 times that, and no harm."""
 SCALE_SAMPLE = 1024
 """Training items whose scores give mean and standard deviation."""
 SHOWN = 12
@@ -250,7 +252,7 @@ def train_reward_model(
         steps=stage.steps,
         identity=_identity(config, stage, parent),
         meter=meter,
-        guard=lambda: Guard(GuardConfig()),
+        guard=lambda: Guard(GuardConfig(grad_spike=GRAD_SPIKE)),
         headline=("loss", "accuracy", "tokens_per_s"),
         save_seconds=config.save_seconds,
     )

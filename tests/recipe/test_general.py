@@ -58,7 +58,7 @@ name = "general"
 kind = "general"
 texts = ["python-topics"]
 foreign_texts = []
-kinds = { about = 0, smalltalk = 80, self = 40, facts = 40, define = 40, unknown = 20, unsafe = 60, lookalike = 40 }
+kinds = { about = 0, smalltalk = 80, self = 40, facts = 40, define = 40, unknown = 20, unsafe = 60, howto = 40, lookalike = 40 }
 pairs = 120
 labels = 120
 prompts = 40
@@ -193,7 +193,7 @@ def test_half_of_the_outputs_are_unsafe_and_some_only_in_their_thought(general: 
     words = Words.load("en")
     refusals = {text for group in words["unsafe"].values() if isinstance(group, dict) for text in group["refuse"]}
     assert all(split_thought(line["response"])[1] in refusals for line in hidden)
-    near = [line for line in labels if line["kind"] in ("unsafe", "lookalike")]
+    near = [line for line in labels if line["kind"] in ("unsafe", "howto", "lookalike")]
     assert 0.4 < len(near) / len(labels) < 0.6
     unsafe = Counter(line["why"] for line in labels if not line["safe"])
     assert set(unsafe) == {"complied", "insult", "harmful_thought"} and min(unsafe.values()) > 50
