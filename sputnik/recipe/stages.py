@@ -2,7 +2,7 @@
 
     corpus      texts and worked examples -> tokenizer and shards            sputnik/recipe/corpus.py
     pretrain    corpus -> base model                                         sputnik/train/pretrain.py
-    rl          model -> model that reasons (R1-Zero)                        sputnik/train/rl.py
+    rl          model -> model that reasons (R1-Zero, R1's RL stages)        sputnik/train/rl.py
     sft         model, examples -> model that has learned them               sputnik/train/sft.py
     traces      model or teacher -> right, readable answers as examples      sputnik/train/traces.py
     eval        model -> scores                                              sputnik/recipe/evaluation.py
@@ -26,6 +26,7 @@ from sputnik.recipe.judges import run_reward_model
 from sputnik.recipe.measures import ReadabilityConfig, SpeedConfig, run_readability, run_speed
 from sputnik.recipe.recipe import Kind, model_config
 from sputnik.recipe.runner import StageContext
+from sputnik.text.preferences import CARD
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train import pretrain, reward_model, rl, sft, traces
 
@@ -51,11 +52,16 @@ def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> d
 
 
 def run_rl(config: rl.RLConfig, context: StageContext) -> dict[str, Any]:
-    """R1-Zero on the parent's checkpoint."""
+    """RL on the parent's checkpoint; of its inputs, reward models judge the open prompts that the others bring."""
     if context.parent is None:
         raise ConfigError("an rl stage needs a parent with a checkpoint; write parent = NAME")
+    judges = [path / "checkpoint" for path in context.inputs.values() if (path / "checkpoint" / CARD).is_file()]
+    prompts = [path / "prompts.jsonl" for path in context.inputs.values() if (path / "prompts.jsonl").is_file()]
+    if len(judges) + len(prompts) < len(context.inputs):
+        raise ConfigError("inputs of an rl stage are reward models, or have open prompts (prompts.jsonl)")
     meter = Meter(*fleet(context.recipe.hardware))
-    return rl.train_rl(config, context.parent / "checkpoint", context.directory, meter, context.console)
+    checkpoint = context.parent / "checkpoint"
+    return rl.train_rl(config, checkpoint, context.directory, meter, context.console, judges=judges, prompts=prompts)
 
 
 def run_sft(config: sft.SFTConfig, context: StageContext) -> dict[str, Any]:

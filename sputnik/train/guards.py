@@ -50,8 +50,8 @@ class GuardConfig:
     clip_ceiling: float = 0.5
     """Share of tokens whose ratio is clipped."""
     constant_reward: Action = "warn"
-    """Any `*reward` that did not change for `window` steps, unless it is the most there is to win: a part is a share, so
-    that is 1, and the sum is at its most when all parts are."""
+    """Any `*reward` that did not change for `window` steps, unless it is the most there is to win: a part is a share,
+    so that is 1, and the sum is at its most when all parts are."""
     window: int = 20
 
     def __post_init__(self) -> None:

@@ -5,7 +5,8 @@ the same few switches, so that two variants differ by data and not by code. Noth
 optimisers.
 
 Shapes: N sequences, L completion positions; `mask` (N, L) is True on sampled tokens (end-of-sequence included).
-Sampling-side matters (dropping groups without spread, the overlong penalty) live in `train/rollout.py`.
+Sampling-side matters live in `train/reinforcement.py` (dropping groups without spread) and `train/rewards.py` (the
+overlong penalty).
 """
 
 from collections.abc import Mapping
@@ -42,6 +43,9 @@ class Objective:
     replay_routes: bool = False
     """The learner sends each token to the experts the sampler chose: else a near tie makes the two sides two policies
     (Ma et al. 2025, rollout routing replay)."""
+    train_mtp: bool = True
+    """Train the model's MTP modules too, if it has any, in the first update on each rollout: else they go on drafting
+    for the base model, worse each step. The policy is the same bit for bit either way."""
     mask_truncated: bool = False
     """Answers cut off by the length limit carry no gradient (DAPO)."""
     dynamic_sampling: bool = False

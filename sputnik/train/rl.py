@@ -1,375 +1,90 @@
-"""R1-Zero: reinforcement learning with verifiable rewards on a base model, no supervised fine-tuning (R1 2.1-2.2).
+"""Reinforcement learning with verifiable rewards, from a checkpoint to a checkpoint (R1 2.1-2.3).
 
     figures = train_rl(RLConfig(task="arithmetic", steps=100), parent_checkpoint, out, meter)
 
-One step: some questions, a group of answers to each from the current policy (train/rollout.py), rewards = accuracy +
-format, advantages within the group, then `optimizer_steps` updates of the objective (train/learner.py,
-train/losses.py) on random parts of the rollout, as the report does with its 8,192 answers in 16 parts. The reference
-policy of the KL term is replaced by the policy every so many steps. Questions, samples and the cut into
-parts are pure functions of (seed, step), so a killed run goes on exactly (train/loop.py).
+On a base model that is R1-Zero; with a language reward on a fine-tuned one R1's first RL stage; with reward models and
+open prompts its last; on a dense student the control that distillation is compared with. A step is told in
+train/reinforcement.py, what an answer earns in train/rewards.py.
 
-Before step 1 the task checks its own gold answers, a probe shows how many answers the length limit would cut off, and
-validation gives the learning curve its first point, at step 0.
-The MTP modules follow the policy on its own answers (train/drafts.py). Left out: a learned reward, asynchronous
-rollouts.
+Before step 1 the task checks its own gold answers, a labelled set (if there is one) says how often the verifier errs, a
+probe shows how many answers the length limit would cut off, and validation gives the learning curve its first point, at
+step 0.
 """
 
-import copy
 import hashlib
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from sputnik.config import to_dict
-from sputnik.cost import Meter, decode_flops_per_token, forward_flops_per_token, training_flops_per_token
-from sputnik.engine.params import SamplingParams
-from sputnik.engine.rollouts import Rollouts
-from sputnik.errors import ConfigError
-from sputnik.eval.harness import evaluate
+from sputnik.cost import Meter
+from sputnik.errors import ConfigError, DataError
 from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.transformer import Transformer
-from sputnik.tasks.base import Problem, Task, best_constant, load_task, self_check
+from sputnik.tasks.base import Task, load_task, self_check
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train.guards import Action, Guard, GuardConfig, first_non_finite
-from sputnik.train.learner import Learner, MicroBatch, UpdateStats, pack
-from sputnik.train.loop import Loop, Read
+from sputnik.train.audit import audit, audit_table, labelled_set
+from sputnik.train.guards import Guard
+from sputnik.train.loop import Loop
 from sputnik.train.losses import Objective
-from sputnik.train.optim import adamw, load_optimizer_tensors, optimizer_tensors, set_lr
-from sputnik.train.rollout import Group, RolloutWorker, Sample, is_useful, rollout_metrics
-from sputnik.train.state import derive_seed, load_module_tensors, module_tensors, read_jsonl
+from sputnik.train.reinforcement import Reinforcement, RLConfig
+from sputnik.train.rewards import Judges, OpenPrompt, RewardConfig, read_prompts
+from sputnik.train.state import read_jsonl, write_json
+
+__all__ = ["OUTCOME_FREE", "RLConfig", "train_rl"]
 
 OUTCOME_FREE = ("save_seconds",)
-WARMUP_STEPS = 5
-MICRO_TOKENS = 16_384
-"""Padded tokens that go through the model at once while training."""
-STORED_GROUPS = 4
-"""Groups per step written to rollouts.jsonl."""
-MAX_ROUNDS = 3
-"""Dynamic sampling asks this many times for questions that split their group, then trains on what there is."""
-TRUNCATION_LIMIT = 0.5
-"""The probe refuses a token limit that cuts off more than this share of the base model's answers."""
 
 
-@dataclass(frozen=True)
-class RLConfig:
-    """Everything else follows from these and is printed at the start."""
-
-    task: str = "arithmetic"
-    """A name, `gym:NAME`, `math:FILE` or a Python file of your own (docs/tasks.md)."""
-    task_options: Mapping[str, Any] = field(default_factory=dict)
-    template: str = "chat"
-    """"chat" starts inside the thought; "zero" is the report's plain-text template."""
-    steps: int = 100
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 16
-    """G, the size of a group."""
-    optimizer_steps: int = 4
-    """Updates per rollout, each on a random part of its groups."""
-    max_tokens: int = 128
-    """Limit of an answer, thought included."""
-    temperature: float = 1.0
-    lr: float = 5e-4
-    """The published 3e-6 is for 671 billion parameters; smaller models want more."""
-    objective: str = "grpo"
-    """grpo, dr_grpo, dapo or gspo."""
-    switches: Mapping[str, Any] = field(default_factory=dict)
-    """Single switches of the objective that differ from the named one (train/losses.py)."""
-    train_mtp: bool = True
-    """Train the model's MTP modules too, if it has any, in the first update on each rollout: else they go on drafting
-    for the base model, worse each step. The policy is the same bit for bit either way."""
-    eval_every: int = 20
-    eval_questions: int = 128
-    eval_samples: int = 4
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    on_collapse: Action = "pause"
-    """When entropy or length collapse or a reward is constant: off, warn, pause or rollback. Steps that are not finite
-    are never applied; several in a row pause the run, or roll it back where this says so."""
-    save_seconds: float = 300.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "optimizer_steps", "max_tokens", "lr", "temperature", "eval_every"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: set it above 0")
-        if self.samples_per_prompt < 2:
-            raise ConfigError(f"samples_per_prompt = {self.samples_per_prompt}: a group needs at least 2 answers")
-        if self.prompts_per_step < self.optimizer_steps:
-            raise ConfigError(
-                f"optimizer_steps = {self.optimizer_steps} parts of prompts_per_step = {self.prompts_per_step} groups: "
-                "lower the first or raise the second"
-            )
-        Objective.named(self.objective, self.switches)
-
-
-class Reinforcement:
-    """The stage that `Loop` drives."""
-
-    def __init__(self, config: RLConfig, model: Transformer, tok: Tokenizer, task: Task, pool: VerifierPool) -> None:
-        self.config = config
-        self.model = model.eval()  # no dropout anywhere; training mode would only add the balance loss
-        self.tok = tok
-        self.task = task
-        self.pool = pool
-        self.objective = Objective.named(config.objective, config.switches)
-        self.optimizer = adamw(model, config.lr, weight_decay=0.0)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if self.objective.kl_beta else None
-        self.sampler = Rollouts(model, tok.eos_id, config.precision, self.objective.replay_routes)
-        self.worker = RolloutWorker(self.sampler, tok, task, pool, config.template, self.objective)
-        self.learner = Learner(
-            model, self.optimizer, self.objective, config.temperature, config.precision, train_mtp=config.train_mtp
-        )
-        self.validation = task.problems("validation", config.eval_questions, config.seed)
-        self.baseline = best_constant(self.validation, pool.verify)
-        self._last: list[MicroBatch] = []
-
-    # --- what the loop calls ---
-
-    def before(self) -> dict[str, Any]:
-        return {"validation": self.validate(0)}
-
-    def step(self, step: int, loop: Loop) -> dict[str, Any]:
-        began = time.perf_counter()
-        groups, seconds = self._gather(loop.data_step(step))
-        trained = time.perf_counter()
-        figures = self._learn(groups, step, loop.data_step(step))
-        seconds["train_s"] = time.perf_counter() - trained
-        tokens = sum(len(sample.generation.ids) for group in groups for sample in group)
-        loop.meter.add(tokens=tokens, flops=self._flops(groups))
-        metrics = {**rollout_metrics(groups, self.task, self.tok), **figures, **seconds}
-        metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
-        for group in groups[:STORED_GROUPS]:
-            for sample in group:
-                loop.log("rollouts", {"step": step, **sample.record(self.tok)})
-        if step % self.config.eval_every == 0 or step == loop.steps:
-            metrics["validation"] = self.validate(step)
-        return metrics
-
-    def batch(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        for number, batch in enumerate(self._last):
-            policy = batch.policy
-            tensors |= {
-                f"{number}.ids": batch.ids,
-                f"{number}.mask": policy.mask.to(torch.uint8),
-                f"{number}.advantages": policy.advantages.contiguous(),
-                f"{number}.old": (policy.sampler if policy.old is None else policy.old).contiguous(),
-            }
-        return tensors
-
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        tensors = {"model": module_tensors(self.model), "optimizer": optimizer_tensors(self.optimizer, self.model)}
-        if self.reference is not None:
-            tensors["reference"] = module_tensors(self.reference)
-        return tensors, {}
-
-    def load(self, read: Read, plain: Mapping[str, Any]) -> None:
-        load_module_tensors(self.model, read("model"))
-        load_optimizer_tensors(self.optimizer, self.model, read("optimizer"))
-        if self.reference is not None:
-            load_module_tensors(self.reference, read("reference"))
-
-    # --- one step ---
-
-    def _gather(self, data_step: int) -> tuple[list[Group], dict[str, float]]:
-        """The rollout of a step, and the seconds its phases took."""
-        config = self.config
-        groups: list[Group] = []
-        seconds = {"generate_s": 0.0, "verify_s": 0.0}
-        for attempt in range(MAX_ROUNDS if self.objective.dynamic_sampling else 1):
-            problems = self._questions(data_step, attempt)
-            params = SamplingParams(
-                temperature=config.temperature,
-                max_tokens=config.max_tokens,
-                seed=derive_seed(config.seed, "rollout", data_step, attempt),
-            )
-            fresh = self.worker.collect(problems, config.samples_per_prompt, params)
-            seconds["generate_s"] += self.worker.generate_s
-            seconds["verify_s"] += self.worker.verify_s
-            useful = [group for group in fresh if is_useful(group)] if self.objective.dynamic_sampling else fresh
-            groups = [*groups, *useful][: config.prompts_per_step]
-            if len(groups) == config.prompts_per_step:
-                break
-        return groups or fresh, seconds
-
-    def _questions(self, data_step: int, attempt: int) -> list[Problem]:
-        seed = derive_seed(self.config.seed, "questions", data_step, attempt)
-        return self.task.problems("train", self.config.prompts_per_step, seed)
-
-    def _learn(self, groups: Sequence[Group], step: int, data_step: int) -> dict[str, Any]:
-        """All updates on one rollout."""
-        config = self.config
-        lr = config.lr * min(1.0, step / WARMUP_STEPS)
-        set_lr(self.optimizer, lr)
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "parts", data_step))
-        order = torch.randperm(len(groups), generator=generator).tolist()
-        parts = [[groups[i] for i in order[k :: config.optimizer_steps]] for k in range(config.optimizer_steps)]
-        batches = [self._pack([sample for group in part for sample in group]) for part in parts if part]
-        self._score(batches, check=step == 1)
-        stats: list[UpdateStats] = []
-        non_finite = None
-        for part in batches:
-            self._last = part
-            stats.append(self.learner.update(part, with_mtp=not stats))
-            if not stats[-1].finite:
-                non_finite = first_non_finite(self.model, {})
-                break
-        if self.reference is not None and step % self.objective.reference_refresh == 0:
-            load_module_tensors(self.reference, module_tensors(self.model))
-        figures = {**_over_updates(stats), **_mismatch(batches), "lr": lr}
-        if step == 1:
-            figures["ratio_first"] = stats[0].ratio_error if stats else 0.0
-        return figures if non_finite is None else {**figures, "non_finite": non_finite}
-
-    def _pack(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        return pack(samples, self.objective, self.config.max_tokens, MICRO_TOKENS)
-
-    def _score(self, parts: Sequence[Sequence[MicroBatch]], check: bool) -> None:
-        """Fill in the reference, and pi_old where updates come before; with `check` everywhere, so that the first
-        update shows whether scoring and training are one computation."""
-        for number, part in enumerate(parts):
-            for batch in part:
-                old = self.learner.score(batch, self.model) if check or number else None
-                reference = None if self.reference is None else self.learner.score(batch, self.reference)
-                batch.policy = replace(batch.policy, old=old, reference=reference)
-
-    def _flops(self, groups: Sequence[Group]) -> float:
-        """Work of the step: prompts read once a group, answers drawn, scored by policy and reference, trained on."""
-        shape = self.model.config
-        passes = 1 - 1 / self.config.optimizer_steps + (self.reference is not None)  # the first update scores itself
-        total: float = 0.0
-        for group in groups:
-            prompt = len(group[0].generation.prompt)
-            total += prompt * forward_flops_per_token(shape, prompt)
-            for sample in group:
-                length = prompt + len(sample.generation.ids)
-                total += len(sample.generation.ids) * decode_flops_per_token(shape, length)
-                if sample.advantage or self.objective.kl_beta:
-                    trained = training_flops_per_token(shape, length)
-                    if self.learner.drafts is not None:  # in the first update
-                        both = training_flops_per_token(shape, length, mtp=True)
-                        trained += (both - trained) / self.config.optimizer_steps
-                    total += length * (passes * forward_flops_per_token(shape, length) + trained)
-        return total
-
-    # --- looking at it ---
-
-    def validate(self, step: int) -> dict[str, Any]:
-        """pass@1 on questions that are never trained on, at the rollout temperature."""
-        config = self.config
-        params = SamplingParams(
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            seed=derive_seed(config.seed, "validation", step),
-        )
-        result = evaluate(
-            self.sampler,
-            self.tok,
-            self.task,
-            self.pool,
-            self.validation,
-            k=config.eval_samples,
-            params=params,
-            template=config.template,
-            baseline=self.baseline,
-        )
-        score = result.pass_at_1
-        return {"mean": score.mean, "low": score.low, "high": score.high, "n": result.n, "k": result.k}
-
-    def probe(self) -> dict[str, float]:
-        """Draw from the untrained policy: how long are its answers, and how many does the limit cut off?"""
-        config = self.config
-        params = SamplingParams(
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            seed=derive_seed(config.seed, "probe"),
-        )
-        groups = self.worker.collect(self.task.problems("train", 32, derive_seed(config.seed, "probe")), 4, params)
-        figures = rollout_metrics(groups, self.task, self.tok)
-        if figures["truncated"] > TRUNCATION_LIMIT:
-            raise ConfigError(
-                f"max_tokens = {config.max_tokens} cuts off {figures['truncated']:.0%} of the base model's answers; "
-                f"raise it, or train the base model longer"
-            )
-        return {name: figures[name] for name in ("length", "truncated", "accuracy_reward", "format_reward")}
-
-
-def _over_updates(stats: Sequence[UpdateStats]) -> dict[str, float]:
-    """Token-weighted means over the updates of a step; the MTP modules take part in the first alone."""
-    tokens = sum(each.tokens for each in stats) or 1
-    means = {
-        name: float(sum(getattr(each, name) * each.tokens for each in stats) / tokens)
-        for name in ("entropy", "kl", "clip_share")
-    }
-    drafts = [each.mtp_loss for each in stats if each.mtp_loss is not None]
-    return {
-        "loss": sum(each.loss for each in stats) / max(1, len(stats)),
-        **means,
-        **({"mtp_loss": drafts[0]} if drafts else {}),
-        "grad_norm": max((each.grad_norm for each in stats), default=0.0),
-    }
-
-
-def _mismatch(parts: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
-    """How far pi_old is from what the sampler saw, after the updates have filled it in."""
-    policies = [batch.policy for part in parts for batch in part]
-    gaps = [(policy.old - policy.sampler)[policy.mask].abs() for policy in policies if policy.old is not None]
-    gap = torch.cat(gaps) if gaps else torch.zeros(1)
-    return {"mismatch_mean": float(gap.mean()), "mismatch_p99": float(gap.quantile(0.99))}
-
-
-def describe(config: RLConfig, probe: Mapping[str, float], model: Transformer) -> Table:
-    """Everything derived, and what the probe saw, before anything is trained."""
-    answers = config.prompts_per_step * config.samples_per_prompt
-    objective = Objective.named(config.objective, config.switches)
-    table = Table(title="reinforcement learning, derived from the settings", title_justify="left", show_header=False)
-    for key, value in (
-        ("rollout", f"{config.prompts_per_step} questions x {config.samples_per_prompt} answers = {answers} a step"),
-        ("updates", f"{config.optimizer_steps} a step on {answers // config.optimizer_steps} answers each"),
-        ("in all", f"{config.steps} steps, {config.steps * answers:,} answers of at most {config.max_tokens} tokens"),
-        ("objective", f"{config.objective}: " + ", ".join(f"{k} {v}" for k, v in to_dict(objective).items())),
-        (
-            "reference",
-            f"replaced every {objective.reference_refresh} steps" if objective.kl_beta else "none, kl_beta is 0",
-        ),
-        ("MTP modules", f"{len(model.mtp)}, {'trained too' if config.train_mtp else 'kept as they are'}"),
-        ("probe of 128 answers", f"{probe['length']:.1f} tokens, {probe['truncated']:.1%} cut off"),
-        ("before", f"accuracy {probe['accuracy_reward']:.1%}, format {probe['format_reward']:.1%}"),
-    ):
-        table.add_row(key, value)
-    return table
-
-
-def train_rl(config: RLConfig, parent: Path, out: Path, meter: Meter, console: Console | None = None) -> dict[str, Any]:
+def train_rl(
+    config: RLConfig,
+    parent: Path,
+    out: Path,
+    meter: Meter,
+    console: Console | None = None,
+    *,
+    judges: Sequence[Path] = (),
+    prompts: Sequence[Path] = (),
+    labelled: Path | None = None,
+) -> dict[str, Any]:
     """Train the model of checkpoint `parent` into `out` (metrics, rollouts, saves, checkpoint), or go on where a killed
-    call was. Returns the last line of the metrics."""
+    call was. Returns the last line of the metrics.
+
+    `judges` are checkpoints of reward models and `prompts` files of open prompts, for the steps that
+    `rewards.general_from` names; `labelled` is a file to audit the verifier with instead of the task's own."""
     task = load_task(config.task, config.task_options)
     tok = Tokenizer.load(parent)
     model = load_model(parent)
     console = console or Console()
+    open_prompts = _open_prompts(config, judges, prompts)
     with VerifierPool(config.task, config.task_options) as pool:
         self_check(task, verify=pool.verify)
-        stage = Reinforcement(config, model, tok, task, pool)
+        models = Judges.load(judges, tok, config.template, config.precision)
+        stage = Reinforcement(config, model, tok, task, pool, models, open_prompts)
+        guard = config.guard_config()
         loop = Loop(
             out,
             steps=config.steps,
-            identity=_identity(config, task, parent),
+            identity=_identity(config, task, parent, judges, prompts),
             meter=meter,
-            guard=lambda: Guard(_guards(config.on_collapse)),
+            guard=lambda: Guard(guard),
             logs=("rollouts",),
             headline=("accuracy_reward", "length", "useful_groups"),
             save_seconds=config.save_seconds,
         )
         if not read_jsonl(out / "metrics.jsonl"):
+            found = labelled or labelled_set(config.task, task)
+            report = None if found is None else audit(task, pool, found)
             console.print(describe(config, stage.probe(), model))
+            if report is not None:
+                console.print(audit_table(report))
+                out.mkdir(parents=True, exist_ok=True)
+                write_json(out / "audit.json", to_dict(report))
         loop.run(stage)
         checkpoint = out / "checkpoint"
         if not checkpoint.exists():  # it appears whole or not at all
@@ -377,22 +92,81 @@ def train_rl(config: RLConfig, parent: Path, out: Path, meter: Meter, console: C
     return read_jsonl(out / "metrics.jsonl")[-1]
 
 
-def _guards(action: Action) -> GuardConfig:
-    non_finite: Action = "rollback" if action == "rollback" else "pause"
-    return GuardConfig(non_finite=non_finite, entropy=action, length=action, constant_reward=action)
+def _open_prompts(config: RLConfig, judges: Sequence[Path], files: Sequence[Path]) -> list[OpenPrompt]:
+    """The open prompts, or none; reward models, prompts and `general_from` only make sense together."""
+    rewards = config.reward_config()
+    if not (judges or files or rewards.general_from):
+        return []
+    for missing, fix in (
+        (not judges, "give a reward model: it is what judges open prompts"),
+        (not files, "give a file of open prompts for the reward models to judge"),
+        (not rewards.general_from, "set rewards.general_from to the first step with open prompts, late in the run"),
+        (rewards.general_from > config.steps, f"general_from = {rewards.general_from} lies behind the last step"),
+    ):
+        if missing:
+            raise ConfigError(f"preference rewards: {fix}")
+    prompts = read_prompts(files)
+    needed = rewards.open_prompts(config.steps, config.prompts_per_step)
+    if len(prompts) < needed:
+        raise DataError(f"{files[0]}: {len(prompts)} open prompts, and a step asks {needed}; add some")
+    return prompts
 
 
-def _identity(config: RLConfig, task: Task, parent: Path) -> dict[str, Any]:
+def describe(config: RLConfig, probe: Mapping[str, float], model: Transformer) -> Table:
+    """Everything derived, and what the probe saw, before anything is trained."""
+    answers = config.prompts_per_step * config.samples_per_prompt
+    objective = Objective.named(config.objective, config.switches)
+    modules = "trained too" if objective.train_mtp else "kept as they are"
+    table = Table(title="reinforcement learning, derived from the settings", title_justify="left", show_header=False)
+    for key, value in (
+        ("rollout", f"{config.prompts_per_step} questions x {config.samples_per_prompt} answers = {answers} a step"),
+        ("updates", f"{config.optimizer_steps} a step on {answers // config.optimizer_steps} answers each"),
+        ("in all", f"{config.steps} steps, {config.steps * answers:,} answers of at most {config.max_tokens} tokens"),
+        ("rewards", _rewards_line(config.reward_config(), config)),
+        ("objective", f"{config.objective}: " + ", ".join(f"{k} {v}" for k, v in to_dict(objective).items())),
+        (
+            "reference",
+            f"replaced every {objective.reference_refresh} steps" if objective.kl_beta else "none, kl_beta is 0",
+        ),
+        ("MTP modules", f"{len(model.mtp)}, {modules}"),
+        ("probe of 128 answers", f"{probe['length']:.1f} tokens, {probe['truncated']:.1%} cut off"),
+        ("before", f"accuracy {probe['accuracy_reward']:.1%}, format {probe['format_reward']:.1%}"),
+    ):
+        table.add_row(key, value)
+    return table
+
+
+def _rewards_line(rewards: RewardConfig, config: RLConfig) -> str:
+    parts = [f"{rewards.accuracy:g} accuracy", f"{rewards.format:g} format"]
+    if rewards.language:
+        parts.append(f"{rewards.language:g} language ({rewards.target})")
+    line = " + ".join(parts)
+    if not rewards.general_from:
+        return line
+    count = rewards.open_prompts(rewards.general_from, config.prompts_per_step)
+    return f"{line}; from step {rewards.general_from} on {count} open prompts a step, judged by reward models"
+
+
+def _identity(
+    config: RLConfig, task: Task, parent: Path, judges: Sequence[Path], prompts: Sequence[Path]
+) -> dict[str, Any]:
     """Everything the result depends on."""
     settings = {key: value for key, value in to_dict(config).items() if key not in OUTCOME_FREE}
     settings["precision"] = resolve_precision(config.precision)  # another day's measurement may decide otherwise
-    return {**settings, "task_version": task.version, "parent": _digest(parent)}
+    found = {**settings, "task_version": task.version, "parent": digest(parent)}
+    if judges:
+        found |= {"judges": [digest(path) for path in judges], "prompts": [_hash(prompts)]}
+    return found
 
 
-def _digest(checkpoint: Path) -> str:
+def digest(checkpoint: Path) -> str:
     """Hash of a checkpoint's weights."""
+    return _hash([checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*.safetensors")))
+
+
+def _hash(files: Sequence[Path]) -> str:
     whole = hashlib.sha256()
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    for path in files:
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()[:16]

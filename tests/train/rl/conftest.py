@@ -43,6 +43,9 @@ class Policy:
     def meter(self) -> Meter:
         return Meter(Hardware("test", 1e11, None, 1e10, 1e10, 0.1, "test"))
 
+    def fit(self, model: Transformer, examples: list[tuple[list[int], list[bool]]], steps: int) -> None:
+        fit(model, examples, steps)
+
 
 def fit(model: Transformer, examples: list[tuple[list[int], list[bool]]], steps: int) -> None:
     """Plain supervised steps on a fixed batch order, right-padded."""

@@ -13,10 +13,12 @@ from sputnik.engine.sampler import Sampler
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.transformer import Transformer
 from sputnik.tasks.verify import VerifierPool
+from sputnik.train.drafts import acceptance
 from sputnik.train.learner import Learner, MicroBatch, UpdateStats, pack
 from sputnik.train.losses import Objective
 from sputnik.train.optim import adamw
-from sputnik.train.rl import Reinforcement, RLConfig, train_rl
+from sputnik.train.reinforcement import Reinforcement
+from sputnik.train.rl import RLConfig, train_rl
 from sputnik.train.rollout import RolloutWorker, Sample
 from sputnik.train.state import read_jsonl
 
@@ -107,6 +109,24 @@ def test_drafts_get_better_on_what_the_policy_says(policy: Any, samples: list[Sa
     assert losses[-1] < losses[0] - 1.0
 
 
+@pytest.mark.parametrize("depths", [1, 2])
+def test_acceptance_is_the_share_of_tokens_guessed_one_by_one(policy: Any, samples: list[Sample], depths: int) -> None:
+    model = with_modules(policy, depths)
+    train(model, samples, 10, train_mtp=True)
+    hits, seen = [0] * depths, [0] * depths
+    with torch.no_grad():
+        for sample in samples:
+            ids = torch.tensor([[*sample.generation.prompt, *sample.generation.ids]])
+            for depth, hidden in enumerate(model.mtp_hidden(model.trunk(ids).residual, ids).hidden, start=1):
+                for place in range(len(sample.generation.prompt), ids.shape[1]):
+                    guess = int(model.head(hidden[0, place - depth - 1]).argmax())
+                    hits[depth - 1] += guess == int(ids[0, place])
+                    seen[depth - 1] += 1
+    found = acceptance(model, [sample.generation for sample in samples], "fp32")
+    assert found == pytest.approx([hit / tokens for hit, tokens in zip(hits, seen, strict=True)])
+    assert 0.2 < found[0] < 1, "ten updates teach something"
+
+
 def test_a_whole_stage_trains_them_resumes_exactly_and_leaves_the_policy_alone(
     policy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,14 +142,17 @@ def test_a_whole_stage_trains_them_resumes_exactly_and_leaves_the_policy_alone(
         train_rl(RLConfig(**{**settings, **changes}), parent, tmp_path / name, policy.meter())
         return load_model(tmp_path / name / "checkpoint").state_dict()
 
-    straight, kept = run("straight"), run("kept", train_mtp=False)
+    straight, kept = run("straight"), run("kept", switches={"train_mtp": False})
     for name, value in load_model(parent).state_dict().items():
         if name.startswith(MTP):
             assert torch.equal(kept[name], value)
             assert name.endswith("bias") or not torch.equal(straight[name], value)
         else:
             assert torch.equal(kept[name], straight[name])
-    losses = [line["mtp_loss"] for line in read_jsonl(tmp_path / "straight/metrics.jsonl")[1:]]
+    lines = read_jsonl(tmp_path / "straight/metrics.jsonl")
+    before, after = (line["validation"]["acceptance"] for line in (lines[0], lines[-1]))
+    assert len(before) == len(after) == 1 and after[0] > before[0] + 0.1
+    losses = [line["mtp_loss"] for line in lines[1:]]
     assert losses[-1] < losses[0] - 0.2
     assert not any("mtp_loss" in line for line in read_jsonl(tmp_path / "kept/metrics.jsonl"))
 

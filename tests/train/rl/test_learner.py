@@ -11,9 +11,11 @@ from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Judgement, Verdict
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import Completion
+from sputnik.train.health import rollout_metrics
 from sputnik.train.learner import Learner, MicroBatch, pack
 from sputnik.train.losses import OBJECTIVES, Objective
-from sputnik.train.rollout import Group, RolloutWorker, Sample, overlong_penalty, rollout_metrics, with_advantages
+from sputnik.train.rewards import overlong_penalty
+from sputnik.train.rollout import Group, RolloutWorker, Sample, with_advantages
 
 PARAMS = SamplingParams(max_tokens=40, seed=7)
 

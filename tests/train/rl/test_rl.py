@@ -172,6 +172,12 @@ def test_other_settings_in_the_same_place_are_refused(policy, tmp_path: Path) ->
         ({"objective": "ppo"}, "no objective 'ppo'"),
         ({"switches": {"clip": 1.0}}, "did you mean 'clip_"),
         ({"temperature": -1.0}, "temperature = -1.0: set it above 0"),
+        ({"on_collapse": "stop"}, "on_collapse = 'stop': choose one of off, warn, pause, rollback"),
+        ({"on_collapse": {"action": "rollback", "windows": 5}}, "on_collapse: unknown key 'windows'; did you mean"),
+        ({"rewards": {"langauge": 1.0}}, "rewards: unknown key 'langauge'; did you mean 'language'"),
+        ({"rewards": {"language": 1.0, "target": "tlh"}}, "language 'tlh'"),
+        ({"rewards": {"helpful": -1.0}}, "helpful = -1.0: it must not be negative"),
+        ({"rewards": {"general_share": 0.0}}, "general_share = 0.0: choose a share"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line_errors(changes: dict[str, Any], message: str) -> None:
