@@ -1,4 +1,4 @@
-"""Training of reward models (R1, B.2.2): pairwise by Bradley and Terry for helpfulness, pointwise for safety.
+"""Training of reward models (R1 3.1): pairwise by Bradley and Terry for helpfulness, pointwise for safety.
 
     figures = train_reward_model(RewardModelConfig(form="pairwise"), parent, [Path("pairs.jsonl")], out, meter)
 
@@ -153,7 +153,7 @@ class RewardTraining:
         return order
 
     def lr(self, step: int) -> float:
-        """Warm-up, then a cosine to a tenth (the schedule of the report's fine-tuning, 2.4)."""
+        """Warm-up, then a cosine to a tenth , as the report fine-tunes."""
         warmup = min(1.0, step / warmup_steps(self.steps))
         return warmup * cosine((step - 1) / self.steps, self.config.lr, self.config.lr / 10)
 

@@ -1,4 +1,4 @@
-"""A reward model: a language model whose last hidden state becomes one number, the score of an answer (R1, B.2.2).
+"""A reward model: a language model whose last hidden state becomes one number, the score of an answer (R1 3.1).
 
     judge = RewardModel.load("runs/r1/helpful/checkpoint")
     judge.score([prompt_ids, ...], [answer_ids, ...])      # ids as the policy read and wrote them -> scores
