@@ -153,7 +153,7 @@ class RewardTraining:
         return order
 
     def lr(self, step: int) -> float:
-        """Warm-up, then a cosine to a tenth , as the report fine-tunes."""
+        """Warm-up, then a cosine to a tenth, as the report fine-tunes."""
         warmup = min(1.0, step / warmup_steps(self.steps))
         return warmup * cosine((step - 1) / self.steps, self.config.lr, self.config.lr / 10)
 
