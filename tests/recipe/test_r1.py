@@ -58,7 +58,7 @@ def test_every_stage_is_made_from_those_it_names(whole: Path) -> None:
     kept = [json.loads(line) for line in (run / "cold/data.jsonl").read_text().splitlines()]
     assert kept and all(each["answer"].startswith("The answer is ") for each in kept)
     last = [json.loads(line) for line in (run / "r1/metrics.jsonl").read_text().splitlines()][-1]
-    assert {"helpful_reward", "safe_reward", "language_reward"} <= set(last)
+    assert {"general_helpful", "general_safe", "language_reward"} <= set(last)
     assert (run / "r1-eval/scaling.json").is_file() and (run / "report.html").is_file()
 
 
