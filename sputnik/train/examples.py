@@ -26,6 +26,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.text import Text
 
 from sputnik.errors import ConfigError, DataError, SputnikError
 from sputnik.text.chat import render_turn
@@ -283,6 +284,17 @@ def runs(example: Example) -> list[tuple[bool, NDArray[np.int64]]]:
     cuts = np.flatnonzero(np.diff(example.mask)) + 1
     places = [0, *cuts.tolist(), len(example.ids)]
     return [(bool(example.mask[a]), example.ids[a:b]) for a, b in pairwise(places)]
+
+
+def shown(example: Example, tok: Tokenizer, characters: int = 1500) -> Text:
+    """The beginning of an example for the console: what carries loss stands out."""
+    text = Text(f"{example.where}, what carries loss in green:\n")
+    for learned, ids in runs(example):
+        text.append(tok.decode(ids.tolist()), style="green" if learned else "dim")
+    if len(text) > characters:
+        text.truncate(characters)
+        text.append(" ... (whole in samples.md)")
+    return text
 
 
 def preview(examples: Sequence[Example], tok: Tokenizer) -> str:

@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from sputnik.config import to_dict
@@ -36,11 +36,11 @@ from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import check_tokenizer, load_model, save_model
 from sputnik.model.head import IGNORE, head_loss
 from sputnik.model.kernels import fused
-from sputnik.model.moe import update_bias
+from sputnik.model.moe import Route, update_bias
 from sputnik.model.transformer import Transformer
 from sputnik.text.corpus import bits_per_byte, byte_lengths
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train.examples import Data, Example, Policy, digest, preview, read_examples, runs, split
+from sputnik.train.examples import Data, Example, Policy, digest, preview, read_examples, shown, split
 from sputnik.train.guards import Action, Guard, GuardConfig, first_non_finite
 from sputnik.train.loop import Loop, Read
 from sputnik.train.optim import adamw, clip_gradients, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -52,8 +52,6 @@ from sputnik.train.state import derive_seed, load_module_tensors, module_tensors
 OUTCOME_FREE = ("save_seconds",)
 SHOWN = 8
 """Examples in samples.md."""
-SHOWN_CHARACTERS = 1500
-"""Of the one example on the console."""
 
 
 @dataclass(frozen=True)
@@ -224,25 +222,27 @@ class FineTuning:
 
     def _losses(self, rows: Rows, counts: Sequence[int], share: float) -> Sums:
         """Losses of some rows: sums over `counts` tokens of the batch at each depth; the balance weighs by `share`."""
-        trunk = self.model.trunk(rows.ids, token_mask=rows.valid, segments=rows.segments)
-        hidden, routes = [trunk.hidden], trunk.routes
-        if self.depths:
-            ahead = self.model.mtp_hidden(trunk.residual, rows.ids, rows.valid, rows.segments)
-            hidden, routes = [trunk.hidden, *ahead.hidden], [*trunk.routes, *ahead.routes]
-        first, *others = (
-            self._nats(states, targets) / max(1, count)
-            for states, targets, count in zip(hidden, rows.targets, counts, strict=True)
-        )
+        found, routes = self._nats(rows)
+        first, *others = (nats / max(1, count) for nats, count in zip(found, counts, strict=True))
         mtp = torch.stack(others).mean() if others else torch.zeros(())
         balance = [route.balance_loss for route in routes if route.balance_loss is not None]
         even = torch.stack(balance).sum() * share if balance else torch.zeros(())
         return Sums(first, mtp, even, {route.layer: route.load for route in routes})
 
-    def _nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Summed loss of hidden (B, T, D) on its targets, of which there may be more columns than states."""
-        targets = targets[:, : hidden.shape[1]].flatten()
-        places = (targets != IGNORE).nonzero().squeeze(1)
-        return head_loss(hidden.flatten(0, 1).index_select(0, places), self.model.lm_head.weight, targets[places])
+    def _nats(self, rows: Rows) -> tuple[list[Tensor], list[Route]]:
+        """Summed loss at each depth that the rows have targets for."""
+        trunk = self.model.trunk(rows.ids, token_mask=rows.valid, segments=rows.segments)
+        hidden, routes = [trunk.hidden], trunk.routes
+        if len(rows.targets) > 1:
+            ahead = self.model.mtp_hidden(trunk.residual, rows.ids, rows.valid, rows.segments)
+            hidden, routes = [trunk.hidden, *ahead.hidden], [*trunk.routes, *ahead.routes]
+        found = []
+        for states, deeper in zip(hidden, rows.targets, strict=True):
+            targets = deeper[:, : states.shape[1]].flatten()  # a padded row has fewer states further on
+            places = (targets != IGNORE).nonzero().squeeze(1)
+            learned = states.flatten(0, 1).index_select(0, places)
+            found.append(head_loss(learned, self.model.lm_head.weight, targets[places]))
+        return found, routes
 
     def _update(self, sums: Sums, step: int) -> tuple[str | None, float]:
         """The optimiser step and the routing biases; nothing at all if a loss or a gradient is not finite, and then
@@ -269,20 +269,19 @@ class FineTuning:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Loss on the answers to held-out questions, in nats per token and in bits per byte of text (the end of text
-        is predicted, not counted as bytes); nothing if none are held out."""
+        is predicted, not counted as bytes), and that of the MTP modules; nothing if no question is held out."""
         if not self.held_out:
             return {}
         self.model.eval()
-        nats, tokens, text_bytes = 0.0, 0, 0
-        for rows in lay_out(self.held_out, self.config.micro_tokens, 0, self.packed):
-            (targets,) = rows.targets
+        depths, text_bytes = len(self.model.mtp), 0
+        nats = torch.zeros(depths + 1, dtype=torch.float64)
+        for rows in lay_out(self.held_out, self.config.micro_tokens, depths, self.packed):
             with autocast(self.precision):
-                trunk = self.model.trunk(rows.ids, token_mask=rows.valid, segments=rows.segments)
-                nats += float(self._nats(trunk.hidden, targets))
-            kept = targets[targets != IGNORE]
-            tokens += len(kept)
-            text_bytes += int(self._byte_lengths[kept].sum())
-        return {"val_loss": nats / tokens, "bits_per_byte": bits_per_byte(nats, max(1, text_bytes))}
+                nats += torch.stack(self._nats(rows)[0])
+            text_bytes += int(self._byte_lengths[rows.targets[0][rows.targets[0] != IGNORE]].sum())
+        first, *others = (nats / torch.tensor(target_counts(self.held_out, depths)).clamp(min=1)).tolist()
+        figures = {"val_loss": first, "bits_per_byte": bits_per_byte(float(nats[0]), max(1, text_bytes))}
+        return {**figures, "val_mtp_loss": fmean(others)} if others else figures
 
 
 def describe(stage: FineTuning, data: Data, tok: Tokenizer, meter: Meter) -> Table:
@@ -308,17 +307,6 @@ def describe(stage: FineTuning, data: Data, tok: Tokenizer, meter: Meter) -> Tab
     ):
         table.add_row(key, value)
     return table
-
-
-def shown(example: Example, tok: Tokenizer) -> Text:
-    """The beginning of an example for the console: what carries loss stands out."""
-    text = Text(f"{example.where}, what carries loss in green:\n")
-    for learned, ids in runs(example):
-        text.append(tok.decode(ids.tolist()), style="green" if learned else "dim")
-    if len(text) > SHOWN_CHARACTERS:
-        text.truncate(SHOWN_CHARACTERS)
-        text.append(" ... (whole in samples.md)")
-    return text
 
 
 def train_sft(
@@ -361,7 +349,7 @@ def train_sft(
     if not checkpoint.exists():  # it appears whole or not at all
         save_model(model, checkpoint, tokenizer=tok)
     last = read_jsonl(out / "metrics.jsonl")[-1]
-    named = ("tokens", "loss", "mtp_loss", "val_loss", "bits_per_byte")
+    named = ("tokens", "loss", "mtp_loss", "val_loss", "val_mtp_loss", "bits_per_byte")
     return {"examples": len(training), **{key: last[key] for key in named if key in last}}
 
 
