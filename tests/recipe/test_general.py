@@ -58,7 +58,7 @@ name = "general"
 kind = "general"
 texts = ["python-topics"]
 foreign_texts = []
-kinds = { about = 0, smalltalk = 80, self = 40, facts = 40, define = 40, unknown = 20, unsafe = 60, howto = 40, lookalike = 40 }
+kinds = { about=0, smalltalk=80, self=40, facts=40, define=40, unknown=20, unsafe=60, howto=40, lookalike=40 }
 pairs = 120
 labels = 120
 prompts = 40
