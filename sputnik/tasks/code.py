@@ -16,6 +16,7 @@ import json
 import math
 import random
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -31,14 +32,15 @@ from sputnik.config import from_dict
 from sputnik.errors import ConfigError, DataError, MissingPackage, TaskError
 from sputnik.tasks.base import Demonstration, Problem, Split, Task, Verdict, hash_of, split_of
 from sputnik.tasks.exercises import Exercise, Form, draw_exercise, spaced
-from sputnik.tasks.sandbox import Limits, Running, Sandbox
-from sputnik.tasks.sandbox.inside import pack, unpack
+from sputnik.tasks.sandbox import Limits, Outcome, Sandbox
+from sputnik.tasks.sandbox.bubble import memory_file
+from sputnik.tasks.sandbox.inside import unpack
 
 PROMPT_KEYS = ("prompt", "problem", "question")
 HUMANEVAL = "humaneval"
 PYTHON_NAMES = ("python", "python3", "py")
 FENCE = re.compile(r"```([\w+-]*)[^\S\n]*\n(.*?)```", re.DOTALL)
-QUESTION_BYTES = 64 << 20  # what tests may hand over; a program's answers have the sandbox's own limit
+HANG_UP_S = 0.5  # for a program to end when its tests are over
 CONTINUE = "Complete this Python function. Answer with the whole function.\n\n{}"
 
 
@@ -101,7 +103,7 @@ class Code(Task):
 
     @cached_property
     def tests_sandbox(self) -> Sandbox:
-        return Sandbox(replace(self.program_sandbox.limits, output_bytes=QUESTION_BYTES))
+        return Sandbox(self.program_sandbox.limits)
 
     def verify(self, problem: Problem, answer: str) -> Verdict:
         program = program_of(answer)
@@ -111,52 +113,45 @@ class Code(Task):
         source = f"{tests.prelude}\n{program}" if tests.prelude else program
         if tests.pairs:
             return self._print(tests.pairs, source)
-        with self.program_sandbox.start({"do": "answer", "source": source, "function": tests.function}) as running:
-            if message(running.line()).get("ready") is not True:
-                return ending(running)
-            return self._assert(tests, running) if tests.text else self._call(tests.cases, running)
+        return self._call(tests, source) if tests.cases else self._assert(tests, source)
 
     def _print(self, pairs: Sequence[tuple[str, str]], source: str) -> Verdict:
         late_at = time.monotonic() + self.seconds
         for stdin, stdout in pairs:
             outcome = self.program_sandbox.run(source, stdin, max(0.001, late_at - time.monotonic()))
-            if outcome.end == "timeout":
-                return Verdict.TIMEOUT
-            if outcome.not_python:
-                return Verdict.UNPARSEABLE
             if not outcome.finished or plain_lines(outcome.stdout) != plain_lines(stdout):
-                return Verdict.WRONG
+                return failure(outcome)
         return Verdict.CORRECT
 
-    def _call(self, cases: Sequence[tuple[list[Any], Any]], running: Running) -> Verdict:
-        for arguments, expected in cases:
-            running.tell(json.dumps(pack((arguments, {}))).encode())
-            reply = running.line()
-            if reply is None:
-                return ending(running)
-            if not gives(reply, expected):
-                running.dismiss()
-                return Verdict.WRONG
-        running.dismiss()
-        return Verdict.CORRECT
+    def _call(self, tests: Tests, source: str) -> Verdict:
+        calls = [arguments for arguments, _ in tests.cases]
+        job = {"do": "call", "source": source, "function": tests.function, "calls": calls}
+        with memory_file(b"") as nothing, self.program_sandbox.start(job, nothing) as program:
+            outcome = program.wait()
+        replies = outcome.stdout.splitlines()
+        right = len(replies) == len(calls) and all(
+            gives(reply, expected) for reply, (_, expected) in zip(replies, tests.cases)
+        )
+        return Verdict.CORRECT if right and outcome.finished else failure(outcome)
 
-    def _assert(self, tests: Tests, running: Running) -> Verdict:
+    def _assert(self, tests: Tests, source: str) -> Verdict:
         """The tests ask, the program answers, each in its own sandbox; only lines of data go between them."""
-        job = {"do": "check", "prelude": tests.prelude, "tests": tests.text, "function": tests.function}
-        with self.tests_sandbox.start(job) as checker:
-            while "ask" in (said := message(line := checker.line())):
-                running.tell(json.dumps(said["ask"]).encode())
-                reply = running.line()
-                if reply is None:
-                    return ending(running)
-                checker.tell(reply)
-            running.dismiss()
-            if line is None:
-                return ending(checker)
-            checker.dismiss()
-        if "broken" in said:
-            raise TaskError(f"the tests of {tests.function} cannot be used: {said['broken']}")
-        return Verdict.CORRECT if said.get("passed") is True else Verdict.WRONG
+        answers = {"do": "answer", "source": source, "function": tests.function}
+        asks = {"do": "check", "prelude": tests.prelude, "tests": tests.text, "function": tests.function}
+        one, other = socket.socketpair()
+        with (
+            self.program_sandbox.start(answers, one.fileno()) as program,
+            self.tests_sandbox.start(asks, other.fileno()) as checker,
+        ):
+            one.close()
+            other.close()  # each end is in one sandbox only: when one hangs up, the other hears
+            checked, outcome = checker.wait(), program.wait(HANG_UP_S)
+        result = message(checked.stdout)
+        if "broken" in result:
+            raise TaskError(f"the tests of {tests.function} cannot be used: {result['broken']}")
+        if result.get("passed") is True:
+            return Verdict.CORRECT
+        return failure(checked if checked.end == "timeout" or outcome.end == "timeout" else outcome)
 
     def damage(self, gold: str) -> str:
         """Without its last line of code."""
@@ -175,21 +170,22 @@ class Code(Task):
         return answer if program is None else fenced(program)
 
 
-def message(line: bytes | None) -> dict[str, Any]:
+def message(line: str) -> dict[str, Any]:
     """What a sandbox says in one line; empty if it is no message of ours."""
     with suppress(ValueError, RecursionError):
-        said = json.loads(line or b"")
+        said = json.loads(line)
         return said if isinstance(said, dict) else {}
     return {}
 
 
-def ending(running: Running) -> Verdict:
-    """The verdict on a program that ended where it should have answered."""
-    outcome = running.dismiss()
-    return Verdict.TIMEOUT if outcome.end == "timeout" else Verdict.UNPARSEABLE if outcome.not_python else Verdict.WRONG
+def failure(outcome: Outcome) -> Verdict:
+    """The verdict on a program that is not right."""
+    if outcome.end == "timeout":
+        return Verdict.TIMEOUT
+    return Verdict.UNPARSEABLE if outcome.not_python else Verdict.WRONG
 
 
-def gives(reply: bytes, expected: Any) -> bool:
+def gives(reply: str, expected: Any) -> bool:
     """Is this the answer to a call, and the right one? The reply may hold anything."""
     try:
         return same(expected, unpack(message(reply)["value"]))
@@ -212,7 +208,9 @@ def same(expected: Any, given: Any) -> bool:
             and all(same(one, other) for one, other in zip(expected, given))
         )
     if isinstance(expected, dict):
-        texts = {str(key): item for key, item in given.items()} if isinstance(given, dict) else {}
+        if not isinstance(given, dict):
+            return False
+        texts = {str(key): item for key, item in given.items()}
         return texts.keys() == expected.keys() and all(same(item, texts[key]) for key, item in expected.items())
     return type(expected) is type(given) and bool(expected == given)
 
@@ -295,17 +293,16 @@ def read_problem(line: str, where: str) -> Problem:
             return humaneval_problem(msgspec.convert(row, dict[str, str]))
         prompt = next((row[key] for key in PROMPT_KEYS if key in row), "")
         solution, tests = msgspec.convert(row.get("solution", ""), str), read_tests(row)
-        msgspec.json.encode(tests)
-    except (msgspec.MsgspecError, OverflowError, KeyError) as error:
+    except (msgspec.MsgspecError, KeyError) as error:
         raise DataError(f"{where}: {error}") from None
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError(f"{where}: needs a text under one of {', '.join(PROMPT_KEYS)}")
     if not solution.strip():
         raise DataError(f"{where}: needs a program that passes the tests under solution, so that they can be checked")
-    if not tests.pairs and not tests.function.isidentifier():
-        raise DataError(f"{where}: needs the name of the function under test under function")
     if not tests.text and not any(expected for _, expected in tests.cases) and not any(out for _, out in tests.pairs):
         raise DataError(f"{where}: needs tests, and one at least that expects more than nothing")
+    if not tests.pairs and not tests.function.isidentifier():
+        raise DataError(f"{where}: needs the name of the function under test under function")
     return problem_of(prompt, solution, tests)
 
 
@@ -317,7 +314,7 @@ def read_tests(row: Mapping[str, Any]) -> Tests:
         given = "\n".join(msgspec.convert(given, list[str]))
     if isinstance(given, str):
         tests.text = given
-    elif isinstance(given, list) and given and "stdin" in given[0]:
+    elif isinstance(given, list) and given and isinstance(given[0], dict) and "stdin" in given[0]:
         tests.pairs = [(pair.stdin, pair.stdout) for pair in msgspec.convert(given, list[Pair])]
     else:
         tests.cases = [(case.args, case.expected) for case in msgspec.convert(given, list[Case])]

@@ -268,7 +268,7 @@ THIEVES = (
     "reads the secret file", "reads it through a symlink", "reads it through a hard link", "reads its environment",
     "reads the environment of C", "asks over TCP",
 )  # fmt: skip
-FAST_S, SLOW_S, SLACK_S = 0.3, 4.0, 8.0
+FAST_S, SLOW_S, SLACK_S = 0.3, 20.0, 10.0
 NOT_PAID = {Verdict.WRONG, Verdict.UNPARSEABLE}
 
 

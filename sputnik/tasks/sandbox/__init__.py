@@ -20,7 +20,7 @@ import socket
 import time
 from array import array
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -31,7 +31,6 @@ from sputnik.tasks.sandbox.inside import NOT_PYTHON
 __all__ = ["Limits", "Outcome", "Running", "Sandbox", "SandboxError"]
 
 End = Literal["exit", "timeout", "output", "died"]
-DISMISSAL_S = 0.5
 ERROR_BYTES = 16_384  # of stderr; more is read and dropped
 # Tries what must not work, and says "closed" when nothing did.
 PROBE = """
@@ -96,11 +95,12 @@ class Sandbox:
 
     def run(self, program: str, stdin: str = "", seconds: float | None = None) -> Outcome:
         """Run a whole program; `seconds` may shorten the limit."""
-        with self.start({"do": "run", "source": program}, seconds, stdin) as running:
+        job = {"do": "run", "source": program}
+        with memory_file(stdin.encode(errors="replace")) as text, self.start(job, text, seconds) as running:
             return running.wait()
 
-    def start(self, job: Mapping[str, Any], seconds: float | None = None, stdin: str | None = None) -> "Running":
-        """Begin a job of inside.py; without `stdin` it is one that is told lines. The one before it must be over."""
+    def start(self, job: Mapping[str, Any], stdin: int, seconds: float | None = None) -> "Running":
+        """Begin a job of inside.py that has the file `stdin`. The one before it must be over."""
         if self._server is None or not self._server.alive:
             self.close()
             self._server = Server(self.limits)
@@ -128,55 +128,32 @@ class Sandbox:
 class Running:
     """One program under way. Leaving the `with` block before its end kills it, and the sandbox with it."""
 
-    def __init__(self, server: Server, job: Mapping[str, Any], stdin: str | None, seconds: float) -> None:
+    def __init__(self, server: Server, job: Mapping[str, Any], stdin: int, seconds: float) -> None:
         self._server = server
         self._late_at = time.monotonic() + seconds
         self._end: End | None = None
         self._status: int | None = None
-        self._received = 0
-        self._unsent, self._out, self._err = bytearray(), bytearray(), bytearray()
-        self._line, asked = socket.socketpair()
+        self._out, self._err = bytearray(), bytearray()
         (out, their_out), (err, their_err) = os.pipe(), os.pipe()
         self._texts = {out: self._out, err: self._err}
         self._poll = select.poll()
         for file in (out, err, server.control.fileno()):
             self._poll.register(file, select.POLLIN)
-        with ExitStack() as theirs, asked:
-            theirs.callback(os.close, their_out)
-            theirs.callback(os.close, their_err)
-            own = theirs.enter_context(memory_file(json.dumps(job).encode()))
-            text = None if stdin is None else theirs.enter_context(memory_file(stdin.encode(errors="replace")))
-            files = array("i", [asked.fileno() if text is None else text, their_out, their_err, own])
+        with memory_file(json.dumps(job).encode()) as own:
+            files = array("i", [stdin, their_out, their_err, own])
             with suppress(BrokenPipeError):  # it died: the first look at it finds out
-                server.control.sendmsg([b"go"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)], socket.MSG_NOSIGNAL)
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)]
+                server.control.sendmsg([b"go"], rights, socket.MSG_NOSIGNAL)
+        os.close(their_out)
+        os.close(their_err)
 
-    def tell(self, line: bytes) -> None:
-        """Send it a line, if it still runs; what does not fit goes out while we wait for one of its own."""
-        if self._end is None:
-            self._unsent += line + b"\n"
-            self._send()
-
-    def line(self) -> bytes | None:
-        """The next line it writes, without the line feed; None when there is no more, for whatever reason."""
-        while b"\n" not in self._out and self._pump():
-            pass
-        line, found, rest = bytes(self._out).partition(b"\n")
-        self._out[:] = rest
-        return line if found else None
-
-    def wait(self) -> Outcome:
-        """Until it has ended, or has been ended."""
-        while self._pump():
-            pass
-        assert self._end is not None
+    def wait(self, seconds: float = math.inf) -> Outcome:
+        """Until it has ended, or has been ended, which `seconds` from now may bring forward."""
+        self._late_at = min(self._late_at, time.monotonic() + seconds)
+        while self._end is None:
+            self._pump()
         out, err = (text.decode(errors="replace") for text in (self._out, self._err))
         return Outcome(self._end, self._status, out, err)
-
-    def dismiss(self) -> Outcome:
-        """Nothing more is wanted of it: an empty line says so, and one that goes on is soon stopped."""
-        self.tell(b"")
-        self._late_at = min(self._late_at, time.monotonic() + DISMISSAL_S)
-        return self.wait()
 
     def __enter__(self) -> Self:
         return self
@@ -185,40 +162,21 @@ class Running:
         if self._end is None:
             self._finish("died")
 
-    def _pump(self) -> bool:
-        """Wait for the next thing to happen; False when all is over."""
+    def _pump(self) -> None:
+        """Wait for the next thing to happen, and see to it."""
         left = self._late_at - time.monotonic()
-        if self._end is None and left <= 0:
+        events = self._poll.poll(math.ceil(left * 1000)) if left > 0 else []
+        if not events:
             self._finish("timeout")
-        if self._end is not None:
-            return False
-        for file, _ in self._poll.poll(math.ceil(left * 1000)):
-            if file == self._line.fileno():
-                self._send()
-            elif file in self._texts:
+        for file, _ in events:
+            if file in self._texts:
                 self._receive(file)
             else:
                 self._hear(file)
             if self._end is not None:
-                return False
+                return
         if self._status is not None and not self._texts:
             self._finish("exit")
-        return self._end is None
-
-    def _send(self) -> None:
-        """As much as goes out now. Never by way of SIGPIPE: that would let a program end this process."""
-        try:
-            sent = self._line.send(self._unsent, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            sent = len(self._unsent)  # it does not listen any more
-        del self._unsent[:sent]
-        if self._unsent:
-            self._poll.register(self._line, select.POLLOUT)
-        else:
-            with suppress(KeyError):
-                self._poll.unregister(self._line)
 
     def _receive(self, file: int) -> None:
         data, text = os.read(file, 1 << 16), self._texts[file]
@@ -230,8 +188,7 @@ class Running:
             text += data[: ERROR_BYTES - len(text)]
         else:
             text += data
-            self._received += len(data)
-            if self._received > self._server.limits.output_bytes:
+            if len(text) > self._server.limits.output_bytes:
                 self._finish("output")
 
     def _hear(self, control: int) -> None:
@@ -248,8 +205,8 @@ class Running:
     def _finish(self, end: End) -> None:
         self._end = end
         if end != "exit":
+            self._status = None
             self._server.close()
-        self._line.close()
         for file in self._texts:
             os.close(file)
         self._texts.clear()

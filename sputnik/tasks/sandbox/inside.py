@@ -21,7 +21,7 @@ import struct
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -30,6 +30,7 @@ JOB = 3  # of a program; 0, 1 and 2 are its stdin, stdout and stderr
 FINISHED, RAISED, NOT_PYTHON = 0, 1, 65  # how a program's process ends
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LOOK_MS = 50
+ANSWER_BYTES = 16 << 20  # of one answer to a call of the tests; more is no answer
 SMALL = 1 << 63  # integers beyond this travel as hexadecimal: decimal has a limit of 4,300 digits, and takes long
 COMMON = "bisect collections copy functools heapq itertools math operator random re string typing"
 
@@ -80,7 +81,7 @@ def unpack(data: Any) -> Any:
     return makers[kind](content)
 
 
-def say(file: BinaryIO, message: dict[str, Any]) -> None:
+def say(file: BinaryIO, message: Any) -> None:
     file.write(json.dumps(message).encode() + b"\n")
     file.flush()
 
@@ -175,7 +176,7 @@ def work(limits: dict[str, int], libc: ctypes.CDLL, lock: bytes) -> NoReturn:
         os._exit(RAISED)
     status = RAISED
     try:
-        jobs: dict[str, Callable[..., int]] = {"run": run, "answer": answer, "check": check}
+        jobs: dict[str, Callable[..., int]] = {"run": run, "call": call, "answer": answer, "check": check}
         status = jobs[job.pop("do")](**job)
         sys.stdout.flush()
     finally:
@@ -215,40 +216,43 @@ def run(source: str) -> int:
     return FINISHED
 
 
+def call(source: str, function: str, calls: list[Any]) -> int:
+    """Say what the program's function gives for each list of arguments, a line each. What it prints is lost."""
+    _, lines = own_files()
+    return answered(source, function, lines, ([xs, {}] for xs in calls))
+
+
 def answer(source: str, function: str) -> int:
-    """Answer calls of the program's function, a line each; an empty line ends it. What it prints is lost."""
-    questions, answers = own_files()
+    """Answer the calls of the tests, a line each, until the tests are over."""
+    questions, answers = own_files(line=True)
+    return answered(source, function, answers, (unpack(json.loads(line)) for line in questions))
+
+
+def answered(source: str, function: str, answers: BinaryIO, calls: Iterable[Any]) -> int:
     try:
         loaded = load(source, "program")
-    except BaseException as error:  # noqa: BLE001 - the program's
+    except BaseException:  # noqa: BLE001 - the program's
         tell_why()
-        say(answers, {"raised": type(error).__name__})
         return RAISED
     if isinstance(loaded, str):
         print(loaded, file=sys.stderr, flush=True)
-        say(answers, {"not_python": True})
         return NOT_PYTHON
-    say(answers, {"ready": callable(loaded.get(function))})
-    for line in questions:
-        if line == b"\n":
-            break
-        positional, named = unpack(json.loads(line))
-        say(answers, called(loaded[function], positional, named))
+    for positional, named in calls:
+        say(answers, called(loaded.get(function), positional, named))
     return FINISHED
 
 
-def called(function: Callable[..., Any], positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+def called(function: Any, positional: list[Any], named: dict[str, Any]) -> dict[str, Any]:
     """What the call gives, as a message."""
     try:
         return {"value": pack(function(*positional, **named))}
     except Exception as error:  # noqa: BLE001 - the program's
-        tell_why()
         return {"raised": type(error).__name__, "text": str(error)[:200]}
 
 
-def own_files() -> tuple[BinaryIO, BinaryIO]:
-    """Take stdin and stdout away for lines of ours, and leave nothing in their place."""
-    files = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+def own_files(line: bool = False) -> tuple[BinaryIO, BinaryIO]:
+    """Take stdin and stdout away, and leave nothing in their place; `line`: what is said goes where is listened."""
+    files = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0 if line else 1), "wb")
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 0)
     os.dup2(silence, 1)
@@ -259,10 +263,10 @@ def own_files() -> tuple[BinaryIO, BinaryIO]:
 class Questioner:
     """Stands for the program's function in the tests: each call is answered by the program, in another sandbox."""
 
-    def __init__(self, questions: BinaryIO, answers: BinaryIO) -> None:
+    def __init__(self, answers: BinaryIO, questions: BinaryIO) -> None:
         self.calls = 0
         self.broken = ""
-        self._questions, self._answers = questions, answers
+        self._answers, self._questions = answers, questions
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         self.calls += 1
@@ -271,8 +275,8 @@ class Questioner:
         except NotPlain as error:
             self.broken = f"the tests hand over what does not travel: {error}"
             raise
-        say(self._questions, {"ask": question})
-        reply = json.loads(self._answers.readline())
+        say(self._questions, question)
+        reply = json.loads(self._answers.readline(ANSWER_BYTES))
         if "value" in reply:
             return unpack(reply["value"])
         kind = getattr(builtins, str(reply.get("raised")), None)
@@ -283,8 +287,8 @@ class Questioner:
 
 def check(prelude: str, tests: str, function: str) -> int:
     """Run tests written as Python against a program that is elsewhere, and say what came of it."""
-    answers, verdict = own_files()
-    ask = Questioner(verdict, answers)
+    verdict = os.fdopen(os.dup(1), "wb")
+    ask = Questioner(*own_files(line=True))
     failed = tested(prelude, tests, function, ask)
     if ask.broken or not ask.calls:
         say(verdict, {"broken": ask.broken or failed or f"they never call {function}"})
