@@ -20,6 +20,7 @@ VERBS = {
     "eval": ("sputnik.cli.eval:EvalModelConfig", "score a model on a task, with error bars"),
     "chat": ("sputnik.cli.chat:ChatConfig", "talk to a model in the terminal, its thinking shown"),
     "generate": ("sputnik.cli.generate:GenerateConfig", "answer a file of prompts, many at a time, resumable"),
+    "rl": ("sputnik.cli.rl:RlVerbConfig", "teach a model to reason by rewards that a program can check"),
     "traces": ("sputnik.cli.traces:TracesVerbConfig", "a model's right and readable answers as examples to train on"),
     "reward-model": ("sputnik.cli.reward_model:JudgeConfig", "train a judge of answers, or let one score a file"),
     "distill": ("sputnik.cli.distill:DistillConfig", "a small model learns what a larger one wrote"),

@@ -2,6 +2,7 @@
 
     corpus      texts and worked examples -> tokenizer and shards            sputnik/recipe/corpus.py
     pretrain    corpus -> base model                                         sputnik/train/pretrain.py
+    pretrained  a named model -> the same with our dialogue tokens           sputnik/train/adopt.py
     rl          model -> model that reasons (R1-Zero, R1's RL stages)        sputnik/train/rl.py
     sft         model, examples -> model that has learned them               sputnik/train/sft.py
     traces      model or teacher -> right, readable answers as examples      sputnik/train/traces.py
@@ -16,6 +17,8 @@ Stage functions in `train/` know nothing of recipes; the functions here hand the
 
 from typing import Any
 
+from rich.progress import Progress
+
 from sputnik.cost import Meter
 from sputnik.errors import ConfigError
 from sputnik.hardware import fleet
@@ -28,7 +31,7 @@ from sputnik.recipe.recipe import Kind, model_config
 from sputnik.recipe.runner import StageContext
 from sputnik.text.preferences import CARD
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train import pretrain, reward_model, rl, sft, traces
+from sputnik.train import adopt, pretrain, reward_model, rl, sft, traces
 
 
 def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> dict[str, Any]:
@@ -49,6 +52,13 @@ def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> d
     return pretrain.pretrain(
         config, shape, tok, corpus / "train", corpus / "held_out", context.directory, meter, context.console
     )
+
+
+def run_pretrained(config: adopt.PretrainedConfig, context: StageContext) -> dict[str, Any]:
+    """A model of other makers that can be spoken to in our templates."""
+    with Progress(console=context.console, transient=True) as progress:
+        bar = progress.add_task("    dialogue tokens", total=config.steps)
+        return adopt.adopt_checkpoint(config, context.directory, lambda step, _: progress.update(bar, completed=step))
 
 
 def run_rl(config: rl.RLConfig, context: StageContext) -> dict[str, Any]:
@@ -93,6 +103,12 @@ KINDS = {
         needs_model=True,
         outcome_free=frozenset(pretrain.OUTCOME_FREE),
         headline=("tokens", "loss", "bits_per_byte", "tokens_per_s"),
+    ),
+    "pretrained": Kind(
+        adopt.PretrainedConfig,
+        run_pretrained,
+        stands_alone=True,
+        headline=("parameters", "rows", "loss_before", "loss"),
     ),
     "rl": Kind(
         rl.RLConfig,

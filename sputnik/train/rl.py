@@ -11,7 +11,6 @@ probe shows how many answers the length limit would cut off, and validation give
 step 0.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from sputnik.tasks.base import Task, load_task, self_check
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.audit import audit, audit_table, labelled_set
+from sputnik.train.examples import digest
 from sputnik.train.guards import Guard
 from sputnik.train.loop import Loop
 from sputnik.train.losses import Objective
@@ -153,20 +153,13 @@ def _identity(
     """Everything the result depends on."""
     settings = {key: value for key, value in to_dict(config).items() if key not in OUTCOME_FREE}
     settings["precision"] = resolve_precision(config.precision)  # another day's measurement may decide otherwise
-    found = {**settings, "task_version": task.version, "parent": digest(parent)}
+    found = {**settings, "task_version": task.version, "parent": _digest(parent)}
     if judges:
-        found |= {"judges": [digest(path) for path in judges], "prompts": [_hash(prompts)]}
+        found |= {"judges": [_digest(path) for path in judges], "prompts": digest(prompts)}
     return found
 
 
-def digest(checkpoint: Path) -> str:
+def _digest(checkpoint: Path) -> str:
     """Hash of a checkpoint's weights."""
-    return _hash([checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*.safetensors")))
-
-
-def _hash(files: Sequence[Path]) -> str:
-    whole = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:16]
+    weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.gguf")])
+    return digest([checkpoint] if checkpoint.is_file() else weights)
