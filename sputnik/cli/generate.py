@@ -190,7 +190,7 @@ def _answer(config: GenerateConfig, answers: Answers, console: Console) -> int:
     if known < total:
         llm = load_llm(
             config.model, config.template, precision=config.precision, weights=config.weights, exact=config.exact,
-            max_running=config.concurrency, cache_bytes=int(config.cache_gib * 2**30), guesses=1,
+            max_running=config.concurrency, cache_bytes=int(config.cache_gib * 2**30),
         )  # fmt: skip
         batch, progress = Batch(config, llm, answers, console), Progress(console, total, known)
         bad = batch.bad

@@ -16,7 +16,7 @@ from sputnik.serve import wire
 from sputnik.serve.wire import Channel, FromGateway, FromWorker, Hello, Join, Start, Step, Token, WireError, packed
 
 PARAMS = SamplingParams(max_tokens=7, stop=("a", "b"), logit_bias={3: -1.5}, schema={"type": "object"}, seed=-9, n=2)
-HELLO = Hello(1, "models/a", "a", "chat", 512, 4, 1, 2048, True, "f00d", 77)
+HELLO = Hello(1, "models/a", "a", "chat", 512, 4, 1, 2048, True, "f00d")
 TOKENS = [Token(3, 0, 1, 55, logprob=-0.5, top=[(55, -0.5), (2, -3.0)]), Token(3, 1, 0, None, "length", 32, "budget")]
 
 
