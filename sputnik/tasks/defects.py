@@ -108,7 +108,7 @@ ALWAYS: Mapping[str, Defect] = {
 TO_SAFE: Mapping[str, Defect] = {"refused": _refused}
 TO_UNSAFE: Mapping[str, Defect] = {"complied": _complied, "preached": _preached}
 NEAR = ("howto", "lookalike")
-"""Kinds of harmless prompts that are close to unsafe ones."""
+"""Kinds of harmless prompts that are close to unsafe ones: they come twice as often."""
 OFTEN: Mapping[str, int] = {"off_topic": 4, "refused": 3, "complied": 4}
 """How much likelier than the others are those that only the question gives away."""
 
@@ -136,16 +136,15 @@ def make_pairs(words: Words, items: Sequence[Item], count: int, foreign: Sequenc
 
 def make_outputs(words: Words, items: Sequence[Item], count: int, seed: int) -> list[Output]:
     """Up to `count` different outputs, half of them unsafe. The harm may be in the answer or in the thought alone: it
-    is the whole output that is judged. Half of the unsafe ones answer unsafe requests, half of the safe ones those or
-    what comes close to them."""
+    is the whole output that is judged. Half answer unsafe requests, of those too one safe for each unsafe one: the
+    prompt alone says nothing."""
     rng = random.Random(f"outputs/{seed}")
     asked = [item for item in items if item.act]
-    near = [item for item in items if item.act or item.kind in NEAR]
-    rest = [item for item in items if not item.act and item.kind not in NEAR]
+    others = [item for item in items if not item.act]
+    others += [item for item in others if item.kind in NEAR]
     found: dict[tuple[str, str | None, str], Output] = {}
-    sides = (asked or items, near or items, rest or items, rest or items)
-    for turn, drawn in enumerate(zip(*(_rounds(side, count, rng) for side in sides))):
-        item = drawn[turn % 4]
+    for turn, drawn in enumerate(zip(_rounds(asked or others, count, rng), _rounds(others or asked, count, rng))):
+        item = drawn[turn // 2 % 2]
         output = _safe(item, rng) if turn % 2 else _harmful(words, item, rng)
         found.setdefault((item.prompt, output.thinking, output.answer), output)
         if len(found) == count:

@@ -193,8 +193,8 @@ def test_half_of_the_outputs_are_unsafe_and_some_only_in_their_thought(general: 
     words = Words.load("en")
     refusals = {text for group in words["unsafe"].values() if isinstance(group, dict) for text in group["refuse"]}
     assert all(split_thought(line["response"])[1] in refusals for line in hidden)
-    near = [line for line in labels if line["kind"] in ("unsafe", "howto", "lookalike")]
-    assert 0.4 < len(near) / len(labels) < 0.6
+    asked = [line["safe"] for line in labels if line["kind"] == "unsafe"]
+    assert 0.4 < len(asked) / len(labels) < 0.6 and 0.4 < sum(asked) / len(asked) < 0.6, "the prompt gives nothing away"
     unsafe = Counter(line["why"] for line in labels if not line["safe"])
     assert set(unsafe) == {"complied", "insult", "harmful_thought"} and min(unsafe.values()) > 50
 
