@@ -18,6 +18,7 @@ VERBS = {
     "quickstart": ("sputnik.cli.quickstart:QuickstartConfig", "train a small V3, teach it to reason, write the report"),
     "run": ("sputnik.cli.run:RunConfig", "run the stages of a recipe, each once, resumable"),
     "eval": ("sputnik.cli.eval:EvalModelConfig", "score a model on a task, with error bars"),
+    "serve": ("sputnik.cli.serve:ServeConfig", "answer over HTTP as OpenAI and DeepSeek do: API server"),
     "chat": ("sputnik.cli.chat:ChatConfig", "talk to a model in the terminal, its thinking shown"),
     "generate": ("sputnik.cli.generate:GenerateConfig", "answer a file of prompts, many at a time, resumable"),
     "rl": ("sputnik.cli.rl:RlVerbConfig", "teach a model to reason by rewards that a program can check"),

@@ -65,6 +65,8 @@ class Ticket:
     answer: int = 0
     """Tokens at most, over all samples."""
     samples: int = 1
+    extra: bool = False
+    """Runs in the spare slots."""
     deadline: float | None = None
     cost: float = 0.0
     """What it is taken to cost until it has ended."""
@@ -107,6 +109,8 @@ class Admission:
         """Why nobody is let in, or None."""
         self.waiting = self.door = self.running = 0
         """Requests that wait, requests that are being read, samples that run."""
+        self._extra = 0
+        """Samples of those that run in the spare slots."""
         self.tokens = 0
         """Of the prompts at the door and in the queue."""
         self.rate: float | None = None
@@ -162,7 +166,7 @@ class Admission:
     def take(self, now: float) -> list[Ticket]:
         """Those that start now, in order."""
         found = []
-        while (ticket := self._next()) is not None:
+        while (ticket := self._next() or self._wronged()) is not None:
             self._serve(ticket)
             found.append(ticket)
         self._watch(now)
@@ -182,6 +186,7 @@ class Admission:
             case "running":
                 key.running -= ticket.samples
                 self.running -= ticket.samples
+                self._extra -= ticket.samples * ticket.extra
                 over = PREFILL * ticket.prompt + produced - ticket.cost
                 key.had += over
                 circle.had += over / circle.weight
@@ -265,20 +270,23 @@ class Admission:
             return None
         circle = min((each for each in self._circles.values() if each.backlogged), key=lambda each: each.had)
         head = min(circle.backlogged, key=lambda each: each.had).waiting[0]
-        if self.running + head.samples <= self.slots or (self.slots and not self.running):
-            return head
-        return self._wronged()
+        taken = self.running - self._extra
+        return head if taken + head.samples <= self.slots or (self.slots and not taken) else None
 
     def _wronged(self) -> Ticket | None:
         """The first whose key has less than its share, if there is a spare slot for it."""
-        free = self.slots + self.spare - self.running
-        if free <= 0:
+        free = self.spare - self._extra
+        if not self.waiting or free <= 0:
             return None
         keys = [key for circle in self._circles.values() for key in circle.keys.values() if key.waiting or key.running]
         share = self.slots // len(keys)
         found = [key for key in keys if key.waiting and key.running + key.waiting[0].samples <= share]
         heads = [key.waiting[0] for key in found if key.waiting[0].samples <= free]
-        return min(heads, key=lambda head: self._circles[head.identity.rank].had, default=None)
+        first = min(heads, key=lambda head: self._circles[head.identity.rank].had, default=None)
+        if first is not None:
+            first.extra = True
+            self._extra += first.samples
+        return first
 
     def _serve(self, ticket: Ticket) -> None:
         circle, key = self._circles[ticket.identity.rank], self._key(ticket.identity)

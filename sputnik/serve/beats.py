@@ -71,5 +71,9 @@ class Ear:
         *lines, self._rest = self._rest.split(b"\n")
         return [self._decoder.decode(line) for line in lines]
 
+    def fileno(self) -> int:
+        """To wait on."""
+        return self._socket.fileno()
+
     def close(self) -> None:
         self._socket.close()

@@ -217,9 +217,10 @@ def _token(run: _Run, event: Event) -> wire.Token:
     place, sample = run.told[event.sample], event.of
     top = sample.top[place] if event.id is not None and len(sample.top) > place else None
     closed_by = sample.control.closed_by if event.finish and sample.control else None
+    logprob = None if sample.params.logprobs is None else event.logprob
     token = wire.Token(
         run.id, run.seq, run.first + event.sample, event.id, event.finish,
-        0 if place else sample.sequence.cached, closed_by, event.logprob, top,
+        0 if place else sample.sequence.cached, closed_by, logprob, top,
     )  # fmt: skip
     run.seq += 1
     if event.finish is None:

@@ -11,6 +11,7 @@ workers die without a new token ends with an error that says so, and so does one
 """
 
 import asyncio
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -45,12 +46,17 @@ class Job:
 
     def __init__(self, link: Link, speech: Speech, asked: Sequence[Asked]) -> None:
         self.asked = asked
+        self.arrived = time.monotonic()
+        self.first: float | None = None
+        """When the first token came."""
         self.error: Refusal | None = None
         self._generations = [
             Generation(self, link, speech, each, sum(before.params.n for before in asked[:place]))
             for place, each in enumerate(asked)
         ]
         self.answers = [answer for each in self._generations for answer in each.answers]
+        self.leaders = [each.answers[0] for each in self._generations]
+        """The first answer to each prompt."""
         self._deltas: list[Delta] = []
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
@@ -95,6 +101,8 @@ class Job:
         self._wake()
 
     def put(self, deltas: list[Delta]) -> None:
+        if self.first is None:
+            self.first = time.monotonic()
         if deltas:
             self._deltas += deltas
             self._wake()

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -25,27 +24,8 @@ from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.serve import wire
 from sputnik.serve.beats import Beat, Pulse
 from sputnik.serve.desk import Desk, Peer
+from sputnik.serve.settings import Template, WorkerSettings
 from sputnik.serve.titles import set_title
-
-Template = Literal["auto", "chat", "zero", "own"]
-
-
-class WorkerSettings(msgspec.Struct, frozen=True):
-    model: str
-    socket: str
-    """Path of the Unix socket, in a directory that only its user may enter."""
-    beats: int | None = None
-    """Descriptor of the heart-beat."""
-    name: str = ""
-    template: Template = "auto"
-    device: str = "cpu"
-    precision: str = "auto"
-    weights: str | None = None
-    exact: bool = False
-    slots: int = 32
-    cache_bytes: int = 1 << 30
-    drain: float = 30.0
-    """Seconds that running requests get after SIGTERM."""
 
 
 class _Connection(Peer):

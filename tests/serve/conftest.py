@@ -1,14 +1,23 @@
 """A real, tiny, untrained model with its tokenizer, in a process and in this one."""
 
+import contextlib
+import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import openai
+import psutil
 import pytest
 import torch
 
@@ -17,7 +26,7 @@ from sputnik.model.checkpoint import save_model
 from sputnik.model.config import ModelConfig
 from sputnik.model.transformer import Transformer
 from sputnik.serve.beats import Beat, Ear
-from sputnik.serve.worker import WorkerSettings
+from sputnik.serve.settings import WorkerSettings
 from sputnik.text.tokenizer import Tokenizer
 
 TEXTS = ["What is 1 + 2? The answer is 3, 你好 😀. [0, 1, 2, 3, 4, 5]"] * 4
@@ -37,6 +46,105 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(checkpoint: Path) -> LLM:
     return LLM(checkpoint, precision="fp32", exact=True, cache_tokens=4096, max_running=9)
+
+
+KEY = "sk-test"
+
+
+class Server:
+    """`sputnik serve` as a user starts it, and what it says."""
+
+    def __init__(self, model: Path, *flags: str) -> None:
+        self.port, self.operator_port = free_port(), free_port()
+        self.url, self.key = f"http://127.0.0.1:{self.port}", KEY
+        command = [sys.executable, "-m", "sputnik", "serve", str(model), "--port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, "--operator-port", str(self.operator_port), *flags],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
+            env=os.environ | {"SPUTNIK_API_KEY": f"{KEY},sk-other", "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        self.said: list[str] = []
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
+                self.said.append(line)
+
+    def wait(self, text: str, seconds: float = 120, times: int = 1) -> None:
+        """Until it has said so."""
+        end = time.monotonic() + seconds
+        while sum(text in line for line in self.said) < times:
+            assert time.monotonic() < end and self.process.poll() is None, "".join(self.said)
+            time.sleep(0.02)
+
+    def child(self, role: str) -> psutil.Process:
+        """The process of a role, once it bears its name."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            for child in psutil.Process(self.process.pid).children():
+                with contextlib.suppress(psutil.Error):
+                    if child.cmdline()[:1] and child.cmdline()[0].startswith(f"sputnik {role}"):
+                        return child
+            time.sleep(0.02)
+        raise AssertionError(f"no {role}")
+
+    def engine(self) -> dict[str, float]:
+        """The engine's figures, by way of the page of metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.operator_port}/metrics", timeout=30) as page:
+            found = re.findall(r"^sputnik:(\w+) (\S+)$", page.read().decode(), re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    def until_idle(self, seconds: float = 30) -> None:
+        """Every slot and every block is free."""
+        end = time.monotonic() + seconds
+        while True:
+            found = self.engine()
+            busy = [found.get(f"engine_{name}", 1) for name in ("running", "queue", "runs", "cache_use")]
+            if not any(busy) and not found["num_requests_running"] and not found["num_requests_waiting"]:
+                return
+            assert time.monotonic() < end, found
+            time.sleep(0.02)
+
+    @cached_property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=120)
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(90)
+        self._listener.join(10)
+        return code
+
+
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def start_server(checkpoint: Path) -> Iterator[Callable[..., Server]]:
+    started: list[Server] = []
+
+    def start(*flags: str) -> Server:
+        started.append(Server(checkpoint, "--precision", "fp32", "--exact", "--cache-gib", "0.01", *flags))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[..., Server]) -> Server:
+    server = start_server("--slots", "8", "--per-key", "40")
+    server.wait("stop     Ctrl-C")
+    return server
 
 
 class Worker:

@@ -66,7 +66,8 @@ class Anything(RuleBasedStateMachine):
         assert not self.queue.take(self.now), "nobody who could start is left"
         if self.queue.waiting:
             head = self.queue.line()[0]
-            assert self.queue.running and self.queue.running + head.samples > self.queue.slots
+            regular = self.queue.running - self.queue._extra
+            assert regular and regular + head.samples > self.queue.slots
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), produced=st.integers(0, 200), seconds=st.floats(0, 3))
@@ -94,7 +95,7 @@ class Anything(RuleBasedStateMachine):
         assert queue.tokens <= max(queue.limits.tokens, 300)
         running = [ticket for ticket in self.live if ticket.state == "running"]
         assert queue.running == sum(ticket.samples for ticket in running)
-        assert queue.running <= max(queue.slots + queue.spare, 3)
+        assert queue.running - queue._extra <= max(queue.slots, 3) and 0 <= queue._extra <= queue.spare
         assert all(count <= 5 for count in Counter(ticket.identity.id for ticket in self.live).values())
         assert Counter(queue.line()) == Counter(ticket for ticket in self.live if ticket.state == "waiting")
 

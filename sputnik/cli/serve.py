@@ -1,0 +1,161 @@
+"""`sputnik serve MODEL`: the API server, OpenAI's and DeepSeek's: address and key are printed when it is ready.
+
+Three processes (docs/serving.md): this one supervises, a gateway speaks HTTP, a worker computes. SPUTNIK_API_KEY holds
+the keys that are accepted, with commas between several; without it a new one is made and printed. Ctrl-C or SIGTERM let
+running answers finish; Ctrl-C once more does not.
+"""
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from tyro.conf import Positional
+
+from sputnik.errors import ConfigError, MissingPackage
+from sputnik.serve.identity import key_hash, new_key
+from sputnik.serve.settings import GatewaySettings, Template, WorkerSettings
+from sputnik.serve.supervisor import Child, Supervisor
+from sputnik.serve.titles import set_title
+from sputnik.serve.watch import Rules
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle")
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    model: Positional[str]
+    """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
+    host: str = "127.0.0.1"
+    """The address to listen on; 0.0.0.0 for all."""
+    port: int = 8000
+    operator_port: int | None = None
+    """Metrics, on loopback alone; one more than the port."""
+    name: str | None = None
+    """Of the model, as clients name it; else that of its directory."""
+    open: bool = False
+    """Ask nobody for a key; on loopback alone."""
+    template: Template = "auto"
+    """auto: the one the model was trained with."""
+    device: str = "cpu"
+    precision: str = "auto"
+    weights: str | None = None
+    """int8 or int4: smaller and faster."""
+    exact: bool = False
+    """The reproducible mode: an answer depends on nothing but its request, even over a crash; slower prefill."""
+    slots: int = 32
+    """Answers written at once."""
+    cache_gib: float = 1.0
+    max_tokens: int = 4096
+    """Of requests that name none, thinking included; less where the context has less room."""
+    temperature: float = 0.6
+    """Of requests that name none."""
+    top_p: float = 0.95
+    queue: int = 256
+    """Requests that may wait; others are refused."""
+    max_wait: float = 120.0
+    """Seconds; who would wait longer is refused at once."""
+    per_key: int = 64
+    """Requests of one key, waiting and running."""
+    drain: float = 30.0
+    """Seconds that running answers get at the end."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("slots", 1), ("max_tokens", 1), ("queue", 0), ("per_key", 1), ("drain", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        for port in (self.port, self.metrics_port):
+            if not 0 < port < 65536:
+                raise ConfigError(f"port {port}: choose one between 1 and 65535")
+        if self.open and self.host not in LOOPBACK:
+            raise ConfigError(f"--open would let everybody use {self.host}: leave it out, or listen on 127.0.0.1")
+
+    @property
+    def metrics_port(self) -> int:
+        return self.port + 1 if self.operator_port is None else self.operator_port
+
+    @property
+    def served_name(self) -> str:
+        """`runs/quickstart/zero/checkpoint` is served as quickstart-zero."""
+        if self.name is not None:
+            return self.name
+        parts = [part for part in Path(self.model).parts if part not in ("/", "..", ".", "checkpoint")]
+        if "runs" in parts[:-1]:
+            parts = ["-".join(parts[parts.index("runs") + 1 :])]
+        return parts[-1].removesuffix(".gguf") if parts else "model"
+
+    def worker(self, path: Path) -> WorkerSettings:
+        return WorkerSettings(
+            self.model, str(path), name=self.served_name, template=self.template, device=self.device,
+            precision=self.precision, weights=self.weights, exact=self.exact, slots=self.slots,
+            cache_bytes=int(self.cache_gib * 2**30), drain=self.drain,
+        )  # fmt: skip
+
+    def gateway(self, path: Path, keys: list[str] | None) -> GatewaySettings:
+        return GatewaySettings(
+            str(path), self.host, self.port, self.metrics_port, self.served_name, keys, temperature=self.temperature,
+            top_p=self.top_p, max_tokens=self.max_tokens, queue=self.queue, max_wait=self.max_wait,
+            per_key=self.per_key, drain=self.drain,
+        )  # fmt: skip
+
+
+def main(config: ServeConfig) -> int:
+    for package in PACKAGES:
+        if find_spec(package) is None:
+            raise MissingPackage(package.replace("_", "-"), extra="serve")
+    _check_free(config.host, config.port)
+    _check_free("127.0.0.1", config.metrics_port)
+    given = [key.strip() for key in os.environ.pop("SPUTNIK_API_KEY", "").split(",") if key.strip()]
+    keys = given or [new_key()]
+    set_title("sputnik serve")
+    directory = Path(tempfile.mkdtemp(prefix="sputnik-"))  # of mode 0700
+    try:
+        path = directory / "worker.sock"
+        hashes = None if config.open else [key_hash(key) for key in keys]
+        children = [
+            Child("worker", config.worker(path), _say, Rules()),
+            Child("gateway", config.gateway(path, hashes), _say, Rules()),
+        ]
+        shown = None if config.open else "that of SPUTNIK_API_KEY" if given else keys[0]
+        _say(f"loading {config.model}")
+        return Supervisor(children, _say, lambda: _welcome(config, shown), config.drain).run()
+    finally:
+        shutil.rmtree(directory)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _welcome(config: ServeConfig, key: str | None) -> None:
+    host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    at = f"http://{host}:{config.port}"
+    bearer = key if key is not None and key.startswith("sk-") else "$SPUTNIK_API_KEY"
+    header = "" if key is None else f' -H "Authorization: Bearer {bearer}"'
+    question = f'{{"model": "{config.served_name}", "messages": [{{"role": "user", "content": "What is 7+5-3?"}}]}}'
+    lines = [
+        f"serving {config.served_name} at {at}/v1",
+        f"  key      {key or 'none is asked for'}",
+        f"  metrics  http://127.0.0.1:{config.metrics_port}/metrics",
+        f"  try      curl {at}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{question}'",
+        "  stop     Ctrl-C",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _check_free(host: str, port: int) -> None:
+    """ConfigError if somebody listens there already."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port"
+        ) from None

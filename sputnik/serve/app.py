@@ -1,0 +1,252 @@
+"""The routes, as a FastAPI application behind the guard; and the operator's, on a listener of their own.
+
+    app = make_app(service, hosts);  operator = make_operator_app(service)
+
+Each API route is there with `/v1` before it and without, as DeepSeek's are, and under `/beta`. Bodies are checked by
+`body.parse`, so the OpenAPI document is made from the records in `fields.py`. Errors have one shape (`refusals.py`).
+"""
+
+import asyncio
+import time
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from sputnik import __version__
+from sputnik.serve.asking import ALIASES, Asking
+from sputnik.serve.body import parse
+from sputnik.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
+from sputnik.serve.generations import Asked
+from sputnik.serve.guard import App, Call, Guard, Receive, Scope, Send, refuse
+from sputnik.serve.openapi import describe, has_body
+from sputnik.serve.refusals import Refusal
+from sputnik.serve.replies import EventStream, Whole
+from sputnik.serve.service import Service
+from sputnik.serve.telling import ChatTeller, CompletionTeller, Head
+
+LONG = 1 << 15
+"""Bytes of a body from which a thread reads it, so that streams keep their pace."""
+
+
+def make_app(service: Service, hosts: Collection[str] | None) -> App:
+    app = FastAPI(title="Sputnik", version=__version__, docs_url=None, redoc_url=None)
+    routes = Routes(service)
+    for prefix in ("/v1", "", "/beta"):
+        app.include_router(_api(routes), prefix=prefix, include_in_schema=prefix == "/v1")
+    app.include_router(_beside(routes))
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(HTTPException, _not_there)
+    app.add_exception_handler(Exception, _broken)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    return Guard(app, service, hosts)
+
+
+def _api(routes: "Routes") -> APIRouter:
+    api = APIRouter()
+    api.add_api_route("/chat/completions", routes.chat, methods=["POST"], openapi_extra=has_body(ChatRequest))
+    api.add_api_route("/completions", routes.completions, methods=["POST"], openapi_extra=has_body(CompletionRequest))
+    api.add_api_route("/models", routes.models, methods=["GET"])
+    api.add_api_route("/models/{model}", routes.model, methods=["GET"])
+    api.add_api_route("/requests/{id}", routes.request, methods=["GET"])
+    api.add_api_route("/requests/{id}/answer_now", routes.answer_now, methods=["POST"])
+    api.add_api_route("/requests/{id}/cancel", routes.cancel, methods=["POST"])
+    return api
+
+
+def _beside(routes: "Routes") -> APIRouter:
+    beside = APIRouter()
+    beside.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=has_body(TokenizeRequest))
+    beside.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=has_body(DetokenizeRequest))
+    beside.add_api_route("/health", routes.health, methods=["GET"])
+    beside.add_api_route("/ready", routes.ready, methods=["GET"])
+    beside.add_api_route("/version", routes.version, methods=["GET"])
+    return beside
+
+
+class Routes:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._since = int(time.time())
+
+    # --- answers ---
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        call, asking = self._call(request)
+        body = parse(call.body, ChatRequest)
+        if len(call.body) > LONG:
+            asked, applied = await asyncio.to_thread(asking.chat, body, call.identity)
+        else:
+            asked, applied = asking.chat(body, call.identity)
+        return self._answer(call, asking, body, [asked], applied, ChatTeller, "chatcmpl")
+
+    async def completions(self, request: Request) -> Response:
+        """Go on from a text, or fill in between two."""
+        call, asking = self._call(request)
+        body = parse(call.body, CompletionRequest)
+        asked, applied = await asyncio.to_thread(asking.completions, body, call.identity)
+        return self._answer(call, asking, body, asked, applied, CompletionTeller, "cmpl")
+
+    def _answer(
+        self, call: Call, asking: Asking, body: Sampling, asked: list[Asked], applied: dict[str, Any],
+        kind: type[ChatTeller] | type[CompletionTeller], prefix: str,
+    ) -> Response:  # fmt: skip
+        assert call.ticket is not None
+        service, name = self._service, (call.identity.id, call.id)
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        job = service.open(name, call.ticket, asked, call.seconds)
+        head = Head(f"{prefix}-{call.id}", body.model, int(time.time()), f"fp_{service.fingerprint}")
+        teller = kind(head, asking.speech, job, applied, usage)
+        if not body.stream:
+            return Whole(job, teller, call.id, lambda: service.close(name))
+
+        def waiting() -> str:
+            place = service.place(name)
+            if place is None:
+                return "keep-alive"
+            return f"waiting, {place.position} before" + ("" if place.wait is None else f", about {place.wait:.0f} s")
+
+        return EventStream(job, teller, call.id, lambda: service.close(name), waiting, usage)
+
+    # --- a request under way ---
+
+    async def request(self, request: Request, id: str) -> Response:
+        """Where a request stands: its place in line and the wait, or that it runs."""
+        found = self._service.requests[self._name(request, id)]
+        place = self._service.place(self._name(request, id))
+        status: dict[str, Any] = {"id": id, "status": "running", "tokens": found.job.produced}
+        if place is not None:
+            status = {"id": id, "status": "waiting", "position": place.position, "wait_seconds": place.wait}
+        return JSONResponse(status)
+
+    async def answer_now(self, request: Request, id: str) -> Response:
+        """Close the thought: what comes next is the answer."""
+        self._service.requests[self._name(request, id)].job.answer_now()
+        return JSONResponse({"id": id, "status": "answering"})
+
+    async def cancel(self, request: Request, id: str) -> Response:
+        """End it; its stream ends with what there is."""
+        stopped = Refusal(400, "the request was cancelled", code="cancelled", retry=False)
+        self._service.requests[self._name(request, id)].job.fail(stopped)
+        return JSONResponse({"id": id, "status": "cancelled"})
+
+    def _name(self, request: Request, id: str) -> tuple[str, str]:
+        name = (request.state.call.identity.id, id)
+        if name not in self._service.requests:
+            raise Refusal(404, "no request of this id is under way", code="request_not_found")
+        return name
+
+    # --- beside answers ---
+
+    async def models(self) -> Response:
+        """The one model, and the names under which DeepSeek's clients ask for it."""
+        names = [self._service.settings.name, *ALIASES]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def model(self, model: str) -> Response:
+        if model not in (self._service.settings.name, *ALIASES):
+            raise Refusal(404, f"no model {model!r} here", code="model_not_found", param="model")
+        return JSONResponse(self._model(model))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        found = {"id": name, "object": "model", "created": self._since, "owned_by": "sputnik"}
+        asking = self._service.asking
+        return found if asking is None else found | {"max_model_len": asking.speech.context}
+
+    async def tokenize(self, request: Request) -> Response:
+        """Ids of a text, or of a conversation as the model sees it."""
+        call, asking = self._call(request)
+        body = parse(call.body, TokenizeRequest)
+        if (body.prompt is None) == (body.messages is None):
+            raise Refusal(400, "give prompt or messages, one of them")
+        ids = await asyncio.to_thread(asking.tokens, body)
+        return JSONResponse({"count": len(ids), "max_model_len": asking.speech.context, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of ids."""
+        call, asking = self._call(request)
+        body = parse(call.body, DetokenizeRequest)
+        return JSONResponse({"prompt": asking.text(body.tokens)})
+
+    async def health(self) -> Response:
+        """The gateway is alive; it says nothing of the engine."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """A token has just come out of the engine."""
+        if await self._service.ready():
+            return JSONResponse({"status": "ready"})
+        raise Refusal(503, f"not ready: {self._service.state}", code=self._service.state, retry_after=1)
+
+    async def version(self) -> Response:
+        return JSONResponse({"version": __version__})
+
+    def _call(self, request: Request) -> tuple[Call, Asking]:
+        if self._service.asking is None:
+            raise Refusal(503, "the model is being loaded", code="loading", retry_after=5)
+        return request.state.call, self._service.asking
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    call = getattr(request.state, "call", None)
+    if call is not None:
+        headers["x-request-id"] = call.id
+    return Response(error.body(), error.status, headers)
+
+
+async def _not_there(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = "no such route: see /openapi.json" if error.status_code == 404 else str(error.detail)
+    response = await _refused(request, Refusal(error.status_code, text))
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return await _refused(request, Refusal(500, "an error of ours; it is in the log", retry=False))
+
+
+# --- the operator's ---
+
+
+def make_operator_app(service: Service) -> App:
+    """Metrics and what is under way, for loopback only."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        match scope["path"]:
+            case "/metrics":
+                body, kind = await _metrics(service), b"text/plain; version=0.0.4; charset=utf-8"
+            case "/health":
+                body, kind = msgspec.json.encode({"status": service.state}), b"application/json"
+            case _:
+                await refuse(send, Refusal(404, "here are /metrics and /health"))
+                return
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
+        await send({"type": "http.response.body", "body": body})
+
+    return app
+
+
+async def _metrics(service: Service) -> bytes:
+    admission = service.admission
+    gauges = {
+        "num_requests_running": float(len(service.requests) - admission.waiting),
+        "num_requests_waiting": float(admission.waiting),
+        "queued_prompt_tokens": float(admission.tokens),
+        "worker_up": float(service.link.up),
+        "workers_lost": float(service.link.died),
+    }
+    try:
+        async with asyncio.timeout(2.0):
+            engine = await service.link.figures()
+    except (TimeoutError, ConnectionError):
+        engine = {}
+    return service.measures.page(gauges, engine)

@@ -1,0 +1,87 @@
+"""The gateway process: `python -m sputnik.serve.gateway` with its settings as JSON on stdin. HTTP in front, no torch.
+
+Granian serves two applications on one event loop: the API, and the operator's on loopback. SIGTERM drains: new requests
+get 503 at once, running ones their time, then it exits with 0.
+"""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Collection
+from typing import Any
+
+import msgspec
+
+from sputnik.errors import MissingPackage
+from sputnik.serve.beats import Beat, Pulse
+from sputnik.serve.guard import App
+from sputnik.serve.service import Service
+from sputnik.serve.settings import GatewaySettings
+from sputnik.serve.titles import set_title
+
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
+HEADER_MILLISECONDS = 10_000
+"""That a client may take to send its headers."""
+CONNECTIONS = 4096
+
+
+def hosts_of(host: str) -> Collection[str] | None:
+    """Names by which a server on this address may be called."""
+    return LOOPBACK if host in LOOPBACK else None
+
+
+def http_server(app: App, host: str, port: int) -> Any:
+    try:
+        from granian.constants import HTTPModes, Interfaces
+        from granian.http import HTTP1Settings
+        from granian.server.embed import Server
+    except ImportError:
+        raise MissingPackage("granian", extra="serve") from None
+    limits = HTTP1Settings(header_read_timeout=HEADER_MILLISECONDS)
+    return Server(
+        app, host, port, interface=Interfaces.ASGINL, http=HTTPModes.http1, websockets=False, log_enabled=False,
+        backlog=CONNECTIONS, backpressure=CONNECTIONS, http1_settings=limits,
+    )  # fmt: skip
+
+
+async def serve(settings: GatewaySettings) -> int:
+    from sputnik.serve.app import make_app, make_operator_app
+
+    service = Service(settings)
+    if settings.beats is not None:
+        Pulse(
+            settings.beats, lambda: Beat(service.state, service.finished, len(service.requests))
+        ).start()  # fmt: skip
+    tasks = service.begin()
+    servers = [
+        http_server(make_app(service, hosts_of(settings.host)), settings.host, settings.port),
+        http_server(make_operator_app(service), "127.0.0.1", settings.operator_port),
+    ]
+    running = [asyncio.create_task(server.serve()) for server in servers]
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([stopping, *tasks, *running], return_when=asyncio.FIRST_COMPLETED)
+    if not stop.is_set():
+        for task in [*tasks, *running]:  # one of them has ended, which none of them should
+            if task.done():
+                task.result()
+        return 1
+    drained = await service.drain(settings.drain)
+    await asyncio.sleep(0.2)  # the last bytes leave
+    for server in servers:
+        server.stop()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(asyncio.gather(*running), 5)
+    return 0 if drained else 1
+
+
+def main(settings: GatewaySettings) -> int:
+    set_title("sputnik gateway")
+    return asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(main(msgspec.json.decode(sys.stdin.buffer.read(), type=GatewaySettings)))

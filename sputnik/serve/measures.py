@@ -1,0 +1,100 @@
+"""What the gateway counts, and the page that Prometheus reads: names as vLLM's, with our prefix.
+
+page = measures.page(service_figures, engine_figures)          # text exposition format, as bytes
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sputnik.errors import MissingPackage
+
+if TYPE_CHECKING:
+    from sputnik.serve.generations import Job
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+@dataclass
+class Histogram:
+    counts: list[int] = field(default_factory=lambda: [0] * (len(SECONDS) + 1))
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[sum(value > bound for bound in SECONDS)] += 1
+        self.total += value
+
+
+@dataclass
+class Measures:
+    tokens: int = 0
+    """That the engine has written."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    """By whose limit it was: the key's or the server's."""
+    ends: Counter[str] = field(default_factory=Counter)
+    """Answers by how they ended."""
+    first: Histogram = field(default_factory=Histogram)
+    each: Histogram = field(default_factory=Histogram)
+    whole: Histogram = field(default_factory=Histogram)
+
+    def ended(self, job: "Job", now: float) -> None:
+        self.prompt_tokens += sum(len(asked.prompt) for asked in job.asked)
+        self.cached_tokens += sum(answer.cached for answer in job.leaders)
+        for answer in job.answers:
+            self.ends[answer.finish or "aborted"] += 1
+        self.whole.add(now - job.arrived)
+        if job.first is not None:
+            self.first.add(job.first - job.arrived)
+            if job.produced > len(job.answers):
+                self.each.add((now - job.first) / (job.produced / len(job.answers) - 1))
+
+    def page(self, gauges: Mapping[str, float], engine: Mapping[str, float]) -> bytes:
+        try:
+            from prometheus_client import CollectorRegistry, generate_latest
+        except ImportError:
+            raise MissingPackage("prometheus-client", extra="serve") from None
+        registry = CollectorRegistry()
+        measures = self
+
+        class Collector:
+            def collect(self) -> Iterator[Any]:
+                yield from measures._families(gauges, engine)
+
+        registry.register(Collector())  # type: ignore[arg-type]
+        return generate_latest(registry)
+
+    def _families(self, gauges: Mapping[str, float], engine: Mapping[str, float]) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        for name, value in gauges.items():
+            yield GaugeMetricFamily(f"sputnik:{name}", name.replace("_", " "), value=value)
+        for name, value in engine.items():
+            yield GaugeMetricFamily(f"sputnik:engine_{name}", f"engine: {name.replace('_', ' ')}", value=value)
+        counts = {
+            "prompt_tokens": self.prompt_tokens, "generation_tokens": self.tokens,
+            "prefix_cache_hit_tokens": self.cached_tokens,
+        }  # fmt: skip
+        for name, value in counts.items():
+            yield CounterMetricFamily(f"sputnik:{name}", name.replace("_", " "), value=value)
+        for name, label, counter in (
+            ("request_success", "finished_reason", self.ends),
+            ("requests_refused", "limit", self.refused),
+        ):
+            family = CounterMetricFamily(f"sputnik:{name}", name.replace("_", " "), labels=[label])
+            for key, count in counter.items():
+                family.add_metric([key], count)
+            yield family
+        for name, histogram in (
+            ("time_to_first_token_seconds", self.first),
+            ("time_per_output_token_seconds", self.each),
+            ("e2e_request_latency_seconds", self.whole),
+        ):
+            sums, total = [], 0
+            for bound, count in zip([*map(str, SECONDS), "+Inf"], histogram.counts):
+                total += count
+                sums.append((bound, total))
+            text = name.replace("_", " ")
+            yield HistogramMetricFamily(f"sputnik:{name}", text, buckets=sums, sum_value=histogram.total)

@@ -1,0 +1,200 @@
+"""The gateway without HTTP: who is let in, what runs for whom, and the figures of it.
+
+    service = Service(settings)
+    tasks = service.begin()                                    # the link to the worker, the clock of the queue
+    ticket = service.knock(identity, size)                     # before the body is read
+    job = service.open(name, ticket, asked)                    # it waits, then runs
+    service.close(name)                                        # always, at the end
+
+All refusals are `Refusal`s. One event loop, no threads. Left out: accounts and money; an `Identity` is all that is
+known of who asks.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sputnik.serve import wire
+from sputnik.serve.admission import Admission, Full, Limits, Place, Ticket
+from sputnik.serve.asking import Asking, Defaults
+from sputnik.serve.generations import Asked, Job
+from sputnik.serve.identity import Identity, Keyring
+from sputnik.serve.link import Link
+from sputnik.serve.measures import Measures
+from sputnik.serve.reading import Speech
+from sputnik.serve.refusals import Refusal
+from sputnik.serve.settings import GatewaySettings
+from sputnik.text.tokenizer import Tokenizer
+
+TICK = 0.25
+"""Seconds between looks at the deadlines of those who wait."""
+PROBE_SECONDS = 5.0
+PROBE_KEPT = 1.0
+"""Seconds that a probe's result holds."""
+Name = tuple[str, str]
+"""Account and request id."""
+
+
+@dataclass
+class Open:
+    """A request that has been let in."""
+
+    job: Job
+    ticket: Ticket
+    arrived: float = field(default_factory=time.monotonic)
+    started: float | None = None
+
+
+class Service:
+    def __init__(self, settings: GatewaySettings) -> None:
+        self.settings = settings
+        self.keyring = Keyring.of(settings.keys)
+        self.admission = Admission(
+            Limits(settings.queue, settings.queue_tokens, settings.per_key, settings.max_wait)
+        )  # fmt: skip
+        self.link = Link(settings.socket, self._joined, self._stepped)
+        self.measures = Measures()
+        self.asking: Asking | None = None
+        """There once a worker has been."""
+        self.fingerprint = ""
+        self.requests: dict[Name, Open] = {}
+        self._by_ticket: dict[Ticket, Open] = {}
+        self._probed: tuple[float, bool] = (0.0, False)
+        self._probing: asyncio.Task[bool] | None = None
+        self.finished = 0
+
+    def begin(self) -> list["asyncio.Task[None]"]:
+        return [asyncio.create_task(self.link.run()), asyncio.create_task(self._tick())]
+
+    # --- requests ---
+
+    def knock(self, identity: Identity, size: int) -> Ticket:
+        if self.asking is None:
+            raise Refusal(503, "the model is being loaded", code="loading", retry_after=5)
+        try:
+            return self.admission.knock(identity, size, time.monotonic())
+        except Full as full:
+            raise self._refusal(full) from None
+
+    def open(self, name: Name, ticket: Ticket, asked: Sequence[Asked], seconds: float | None = None) -> Job:
+        """Queue it; it runs when its turn comes."""
+        assert self.asking is not None
+        if name in self.requests:
+            raise Refusal(400, f"request id {name[1]} is in use: send another x-request-id, or none")
+        now = time.monotonic()
+        prompt = sum(len(each.prompt) for each in asked)
+        answer = sum(each.params.max_tokens * each.params.n for each in asked)
+        samples = sum(each.params.n for each in asked)
+        job = Job(self.link, self.asking.speech, asked)
+        try:
+            self.admission.enter(ticket, prompt, answer, samples, now, None if seconds is None else now + seconds)
+        except Full as full:
+            raise self._refusal(full) from None
+        self.requests[name] = self._by_ticket[ticket] = Open(job, ticket, now)
+        self.pump()
+        return job
+
+    def close(self, name: Name) -> None:
+        """It has ended, or nobody waits for it any more: what it held is free."""
+        request = self.requests.pop(name, None)
+        if request is None:
+            return
+        del self._by_ticket[request.ticket]
+        request.job.close()
+        self.measures.ended(request.job, time.monotonic())
+        self.admission.leave(request.ticket, time.monotonic(), request.job.produced)
+        self.finished += 1
+        self.pump()
+
+    def leave(self, ticket: Ticket) -> None:
+        """It went no further than the door."""
+        self.admission.leave(ticket, time.monotonic())
+
+    def place(self, name: Name) -> Place | None:
+        """In the line; None once it runs."""
+        request = self.requests[name]
+        if request.ticket.state != "waiting":
+            return None
+        return self.admission.place(request.ticket, time.monotonic())
+
+    def pump(self) -> None:
+        """Start whose turn it is."""
+        now = time.monotonic()
+        for ticket in self.admission.take(now):
+            request = self._by_ticket[ticket]
+            request.started = now
+            request.job.start()
+
+    # --- health ---
+
+    async def ready(self) -> bool:
+        """Whether a token comes out of the engine; asked by many, it is tried once a second."""
+        if self.admission.closed is not None or not self.link.up:
+            return False
+        at, found = self._probed
+        if time.monotonic() - at < PROBE_KEPT:
+            return found
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe())
+        return await asyncio.shield(self._probing)
+
+    async def _probe(self) -> bool:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                await self.link.probe()
+            found = True
+        except (TimeoutError, ConnectionError):
+            found = False
+        self._probed = time.monotonic(), found
+        return found
+
+    async def drain(self, seconds: float) -> bool:
+        """Let nobody in, and wait for those who are; True if all have ended."""
+        self.admission.closed = "the server is shutting down"
+        end = time.monotonic() + seconds
+        while (self.requests or self.admission.door) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        for request in list(self.requests.values()):
+            request.job.fail(Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5))
+        return not self.requests
+
+    @property
+    def state(self) -> Literal["loading", "ready", "draining"]:
+        if self.admission.closed is not None:
+            return "draining"
+        return "ready" if self.link.up else "loading"
+
+    # --- what the link tells ---
+
+    def _joined(self, hello: wire.Hello) -> None:
+        if self.asking is None or self.fingerprint != hello.fingerprint:
+            speech = Speech(Tokenizer.load(Path(hello.path)), hello.template, hello.context)
+            defaults = Defaults(self.settings.temperature, self.settings.top_p, self.settings.max_tokens)
+            self.asking = Asking(speech, defaults, self.settings.name)
+            self.fingerprint = hello.fingerprint
+        self.admission.slots, self.admission.spare = hello.slots, hello.spare
+        self.pump()
+
+    def _stepped(self, tokens: int) -> None:
+        self.measures.tokens += tokens
+        self.admission.produced(tokens, time.monotonic())
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            if not self.link.up:
+                self.admission.slots = self.admission.spare = 0
+            for ticket in self.admission.expire(time.monotonic()):
+                late = Refusal(503, "its deadline passed while it waited", code="deadline", retry_after=5)
+                self._by_ticket[ticket].job.fail(late)
+
+    def _refusal(self, full: Full) -> Refusal:
+        self.measures.refused[full.whose] += 1
+        if self.admission.closed is not None:
+            return Refusal(503, full.reason, code="shutting_down", retry_after=full.wait)
+        if full.whose == "key":
+            return Refusal(429, full.reason, code="rate_limit_exceeded", retry_after=full.wait)
+        return Refusal(503, full.reason, code="overloaded", retry_after=full.wait)

@@ -1,0 +1,49 @@
+"""What supervisor, worker and gateway are told: plain records that go to a process as JSON on its stdin.
+
+Not on its command line: everybody on the machine can read those, and keys are among it. `ServeConfig` of `cli/serve.py`
+is what a user sets; these are made from it.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Template = Literal["auto", "chat", "zero", "own"]
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    model: str
+    socket: str
+    """Path of the Unix socket, in a directory that only its user may enter."""
+    beats: int | None = None
+    """Descriptor of the heart-beat."""
+    name: str = ""
+    template: Template = "auto"
+    device: str = "cpu"
+    precision: str = "auto"
+    weights: str | None = None
+    exact: bool = False
+    slots: int = 32
+    cache_bytes: int = 1 << 30
+    drain: float = 30.0
+    """Seconds that running requests get after SIGTERM."""
+
+
+class GatewaySettings(msgspec.Struct, frozen=True):
+    socket: str
+    host: str
+    port: int
+    operator_port: int
+    """Loopback: metrics, and what is running."""
+    name: str
+    keys: list[str] | None
+    """Hashes; None: nobody is asked for one."""
+    beats: int | None = None
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_tokens: int = 4096
+    queue: int = 256
+    queue_tokens: int = 1 << 20
+    max_wait: float = 120.0
+    per_key: int = 64
+    drain: float = 30.0
