@@ -89,7 +89,7 @@ def check_logits(checkpoint: Path) -> float:
 
 
 class Ours:
-    """The classes of the RL stage, put together as train/rl.py does for one update per rollout."""
+    """The classes of the RL stage, put together as train/reinforcement.py does for one update per rollout."""
 
     def __init__(self, checkpoint: Path, tok: Tokenizer, pool: VerifierPool, dtype: str) -> None:
         model = load_model(checkpoint).eval()
@@ -111,7 +111,8 @@ class Ours:
         return Round(wall, self.worker.generate_s, cpu)
 
     def _rewarded(self, sample: Sample) -> Sample:
-        return replace(sample, rewards={"digits": digit_share(self.tok.decode(sample.generation.ids))})
+        share = digit_share(self.tok.decode(sample.generation.ids))
+        return replace(sample, rewards={"digits": share}, reward=share)
 
 
 def run_theirs(checkpoint: Path, tok: Tokenizer, dtype: str, rounds: int, before: Callable[[int], None]) -> list[Round]:

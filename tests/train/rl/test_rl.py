@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sputnik.errors import ConfigError, DataError, TaskError
+from sputnik.train.loop import Paused
 from sputnik.train.rl import RLConfig, train_rl
 from sputnik.train.state import read_jsonl
 
@@ -126,6 +127,19 @@ def test_reinforcement_raises_the_accuracy_and_tells_its_story(policy, tmp_path:
     assert set(rollouts[0]["rewards"]) == {"accuracy", "format"}
     second = train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
     assert second == lines[-1], "a second call changes nothing"
+
+
+def test_a_reward_that_never_comes_pauses_the_run_and_the_same_command_goes_on(policy, tmp_path: Path) -> None:
+    (tmp_path / "never.py").write_text(FOUR.replace('"4"', '"987654321"'))
+    settings = {**SMALL, "task": str(tmp_path / "never.py"), "eval_every": 9}
+    settings["on_collapse"] = {"action": "pause", "window": 5, "length": "off", "entropy": "off"}
+    with pytest.raises(Paused, match="accuracy_reward was 0 in each of the last 5 steps") as error:
+        train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
+    assert "paused at step 5" in str(error.value) and not (tmp_path / "rl/checkpoint").exists()
+    train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
+    assert [line["step"] for line in read_jsonl(tmp_path / "rl/metrics.jsonl")] == list(range(7))
+    alarm = json.loads((tmp_path / "rl/alarms/step-5.json").read_text())
+    assert (alarm["rule"], alarm["action"]) == ("constant_accuracy_reward", "pause")
 
 
 def test_dynamic_sampling_trains_on_groups_that_differ(policy, tmp_path: Path) -> None:
