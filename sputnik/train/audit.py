@@ -11,9 +11,8 @@ verifier needs it. A task of the package has its set in sputnik/tasks/labelled, 
 Left out: the answers a policy will invent. The self-check tries some of those (tasks/base.py).
 """
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -26,12 +25,12 @@ from sputnik.eval.judging import accuracy
 from sputnik.eval.stats import Interval
 from sputnik.tasks.base import Problem, Task, Verdict, load_task
 from sputnik.tasks.verify import VerifierPool
-from sputnik.text.sources import read_text
+from sputnik.train.examples import read_records
 from sputnik.train.rollout import UNJUDGED
 
 SHOWN = 8
 """Mistakes in the table; all of them are in the report."""
-KEYS = {"prompt": str, "gold": str, "answer": str, "correct": bool}
+KEYS: Mapping[str, type] = {"prompt": str, "gold": str, "answer": str, "correct": bool}
 
 
 @dataclass(frozen=True)
@@ -69,29 +68,25 @@ def labelled_set(spec: str, task: Task) -> Path | None:
 
 
 def read_labelled(file: Path) -> list[Labelled]:
-    """Every line of the file; the first that is none is a DataError with its number."""
-    found = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: line {number}: {error}") from None
-        for key, kind in KEYS.items():
-            if not isinstance(record, dict) or not isinstance(record.get(key), kind):
-                raise DataError(
-                    f'{file}: line {number}: "{key}" is missing or no {kind.__name__}; a line is '
-                    '{"prompt": ..., "gold": ..., "answer": ..., "correct": true or false}'
-                )
-        meta = record.get("meta", {})
-        if not isinstance(meta, dict):
-            raise DataError(f'{file}: line {number}: "meta" must be an object')
-        problem = Problem(prompt=record["prompt"], gold=record["gold"], meta=meta)
-        found.append(Labelled(problem, record["answer"], record["correct"]))
-    if not found:
-        raise DataError(f"{file}: holds no labelled answers")
-    return found
+    """Every line of the file; the first that is none is an error with its number."""
+    found = read_records([file], _labelled, "drop")
+    if found.bad:
+        raise DataError(
+            f'{found.bad[0]}; a line is {{"prompt": ..., "gold": ..., "answer": ..., "correct": true or false}}'
+        )
+    return [labelled for _, labelled in found.kept]
+
+
+def _labelled(record: Mapping[str, Any]) -> Labelled:
+    for key, kind in KEYS.items():
+        if not isinstance(record.get(key), kind):
+            raise DataError(f'"{key}" is missing or no {kind.__name__}')
+    meta = record.get("meta", {})
+    if not isinstance(meta, dict):
+        raise DataError('"meta" must be an object')
+    return Labelled(
+        Problem(prompt=record["prompt"], gold=record["gold"], meta=meta), record["answer"], record["correct"]
+    )
 
 
 def audit(task: Task, pool: VerifierPool, file: Path) -> Audit:

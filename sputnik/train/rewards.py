@@ -13,19 +13,19 @@ have no gold answer and take part only from a late step on, as in R1's last RL s
 Helpfulness is judged on the final answer, safety on the whole output (train/scorer.py sees to both).
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sputnik.errors import CheckpointError, ConfigError, DataError
 from sputnik.eval.harness import Answer
 from sputnik.model.config import ModelConfig
 from sputnik.tasks.base import Problem, hash_of
 from sputnik.text.quality import language_share
-from sputnik.text.sources import read_text
 from sputnik.text.tokenizer import Tokenizer
+from sputnik.train.examples import read_records
 from sputnik.train.scorer import RewardModel
 
 PART_OF: Mapping[str, str] = {"pairwise": "helpful", "pointwise": "safe"}
@@ -99,24 +99,19 @@ class OpenPrompt(Problem):
 
 
 def read_prompts(files: Sequence[Path]) -> list[OpenPrompt]:
-    """The lines {"prompt": TEXT, "kind"?: TEXT} of the files, each prompt once."""
-    found: dict[str, OpenPrompt] = {}
-    for file in files:
-        for number, line in enumerate(read_text(file).split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}: line {number}: {error}") from None
-            prompt = record.get("prompt") if isinstance(record, dict) else None
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise DataError(f'{file}: line {number}: an open prompt is {{"prompt": TEXT}}')
-            meta = {"kind": str(record["kind"])} if "kind" in record else {}
-            found.setdefault(prompt, OpenPrompt(prompt=prompt, meta=meta, id=f"{hash_of(prompt):016x}"))
-    if files and not found:
-        raise DataError(f"{files[0]}: holds no prompts")
-    return list(found.values())
+    """The lines {"prompt": TEXT, "kind"?: TEXT} of the files, each prompt once; the first that is none is an error."""
+    found = read_records(files, _open_prompt, "drop")
+    if found.bad:
+        raise DataError(f'{found.bad[0]}; an open prompt is {{"prompt": TEXT}}')
+    return list({prompt.id: prompt for _, prompt in found.kept}.values())
+
+
+def _open_prompt(record: Mapping[str, Any]) -> OpenPrompt:
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError('"prompt" is missing or empty')
+    meta = {"kind": str(record["kind"])} if "kind" in record else {}
+    return OpenPrompt(prompt=prompt, meta=meta, id=f"{hash_of(prompt):016x}")
 
 
 class Judges:

@@ -34,7 +34,7 @@ class Number(Task):
     def verify(self, problem: Problem, answer: str) -> Verdict:
         return Verdict.CORRECT if answer.strip() == "yes" else Verdict.WRONG
 """
-FAST = ["--precision", "fp32", "--lr", "5e-3", "--batch", "4"]
+FAST = ["--precision", "fp32", "--lr", "1e-2", "--batch", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,12 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [{"prompt": f"Is {n} a number?", "thinking": f"I read {n}.", "answer": "yes"} for n in range(10, 99, 4)]
     (folder / "known.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     tok = Tokenizer.load(checkpoint)
-    shape = ModelConfig.preset("dense", vocab_size=tok.vocab_size, eos_token_id=tok.eos_id, bos_token_id=tok.bos_id)
-    save_model(Transformer(shape).init_weights(torch.Generator().manual_seed(1)), folder / "untaught", tokenizer=tok)
+    same = {"vocab_size": tok.vocab_size, "eos_token_id": tok.eos_id, "bos_token_id": tok.bos_id, "hidden_size": 64}
+    for name, preset in (("base", "tiny"), ("untaught", "dense")):
+        shape = ModelConfig.preset(preset, **same, num_hidden_layers=2, intermediate_size=128)
+        save_model(Transformer(shape).init_weights(torch.Generator().manual_seed(1)), folder / name, tokenizer=tok)
     taught = ["--data", str(folder / "known.jsonl"), "--out", str(folder / "teacher"), "--epochs", "10", *FAST]
-    assert main(["sft", str(checkpoint), *taught]) == 0
+    assert main(["sft", str(folder / "base"), *taught]) == 0
     return folder
 
 

@@ -102,6 +102,20 @@ def test_the_stage_reads_the_stages_named_in_its_inputs(checkpoint: Path, answer
         kind_of("sft").run(config, context)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_model_of_other_makers_learns_in_its_own_template(tmp_path: Path) -> None:
+    lines = [{"prompt": f"What is {n} and {n}?", "answer": "Sputnik says hello."} for n in range(9)]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    flags = ["--data", str(tmp_path / "plain.jsonl"), "--out", str(tmp_path / "out"), "--lr", "1e-4", "--batch", "4"]
+    assert main(["sft", "smollm2", *flags, "--epochs", "2"]) == 0
+    first, *_, last = read_jsonl(tmp_path / "out/metrics.jsonl")
+    assert last["val_loss"] < first["val_loss"] - 1
+    model = LLM(tmp_path / "out/checkpoint")
+    assert model.template == "own" and "<|im_end|>" in (tmp_path / "out/samples.md").read_text()
+    assert model.chat(QUESTION, SamplingParams(temperature=0, max_tokens=12)).text
+
+
 # --- the page and the example ---
 
 

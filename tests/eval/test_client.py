@@ -98,6 +98,7 @@ class Server:
         return 200, {}, json.dumps({"id": "x", "choices": [choice], "usage": usage}).encode()
 
     async def _send(self, send: Any, status: int, headers: dict[str, str], body: bytes) -> None:
+        headers = {"content-type": "application/json", **headers}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": status, "headers": raw})
         await send({"type": "http.response.body", "body": body})

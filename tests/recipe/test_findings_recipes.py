@@ -102,6 +102,11 @@ def test_at_toy_size_every_claim_finds_its_numbers(name: str, tmp_path: Path, ca
                 continue
             if (key, stage.settings.get("task")) != ("examples", ""):
                 overrides.append(f"{name}.{stage.name}.{key}={value}")
+    if name == "pipeline":  # a base model that answers now and then, or there is nothing to sample
+        overrides += ["pipeline.tasks.sums.task_options.terms=[2, 3]", "pipeline.corpus.tokens=300_000"]
+        overrides += [
+            f"pipeline.{stage}.{each}" for stage in ("base", "student") for each in ("tokens=200_000", "lr=5e-3")
+        ]
     args = [part for each in overrides for part in ("--set", each)]
     assert main(["run", str(CARD), "--only", name, "--name", "toy", "--runs", str(tmp_path), *args]) == 0
     facts = json.loads((tmp_path / "toy/findings.json").read_text())

@@ -60,7 +60,7 @@ def file_of(rows: list[Any], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return load_task(file_of(ROWS, tmp_path_factory.mktemp("mine")), {"benchmark": True})
+    return load_task(file_of(ROWS, tmp_path_factory.mktemp("mine")), {"benchmark": True, "seconds": 30.0})
 
 
 def verdicts(task: Task, *programs: str) -> dict[str, list[Verdict]]:
@@ -159,7 +159,7 @@ def test_values_of_every_plain_type_travel_whole(tmp_path: Path) -> None:
 
 def test_the_self_check_passes_in_a_pool(mine: Task, tmp_path: Path) -> None:
     spec = file_of(ROWS, tmp_path)
-    with VerifierPool(spec, {"benchmark": True}, deadline_s=60) as pool:
+    with VerifierPool(spec, {"benchmark": True, "seconds": 30.0}, deadline_s=60) as pool:
         self_check(mine, verify=pool.verify)
 
 
@@ -237,7 +237,7 @@ def test_tests_that_test_nothing_are_our_fault_and_not_the_program_s(tests: str,
 
 @pytest.mark.parametrize("form", ("function", "program"))
 def test_exercises_can_be_solved_and_their_gold_programs_do(form: str) -> None:
-    task = load_task("code", {"form": form})
+    task = load_task("code", {"form": form, "seconds": 30.0})
     problems = task.problems("train", 12)
     assert problems == load_task("code", {"form": form}).problems("train", 12)
     assert {judge(task, problem, problem.gold).verdict for problem in problems} == {Verdict.CORRECT}
@@ -273,7 +273,7 @@ def test_every_step_and_ending_means_in_python_what_it_says() -> None:
 
 
 def test_demonstrations_say_truly_whether_they_are_right() -> None:
-    task = load_task("code")
+    task = load_task("code", {"seconds": 30.0})
     examples = task.demonstrations(40, 0)
     assert {example.style for example in examples} == {"blunt", "steps"}
     assert 0.4 < sum(example.correct for example in examples) / 40 < 0.9
@@ -295,7 +295,7 @@ def humaneval() -> list[Problem]:
 @pytest.mark.parametrize("function", ("find_zero", "decode_cyclic", "below_zero", "int_to_mini_roman"))
 def test_some_of_humaneval(function: str) -> None:
     (problem,) = [problem for problem in humaneval() if problem.meta["tests"]["function"] == function]
-    task = load_task("code:humaneval")
+    task = load_task("code:humaneval", {"seconds": 30.0})
     assert judge(task, problem, problem.gold) == Judgement(Verdict.CORRECT)
     stub = problem.meta["tests"]["prelude"]
     body = (program_of(problem.gold) or "").removeprefix(stub.strip())
@@ -309,7 +309,7 @@ def test_some_of_humaneval(function: str) -> None:
 def test_all_of_humaneval_is_correct_by_its_own_solutions_and_wrong_without_their_last_lines() -> None:
     problems, task = humaneval(), load_task("code:humaneval")
     assert len(problems) == 164
-    with VerifierPool("code:humaneval", deadline_s=30) as pool:
+    with VerifierPool("code:humaneval", {"seconds": 60.0}, deadline_s=120) as pool:
         gold = pool.verify([(problem, problem.gold) for problem in problems])
         damaged = pool.verify([(problem, task.damage(problem.gold)) for problem in problems])
         heads = pool.verify([(problem, problem.prompt) for problem in problems])
@@ -372,7 +372,7 @@ def test_a_program_that_hangs_up_does_not_end_the_worker(tmp_path: Path) -> None
     silent = "import os\nos.closerange(0, 9)\nimport time; time.sleep(0.3)\ndef f(x): return 0"
     quick = "import os\nos._exit(0)"
     items = [(problem, text) for text in (problem.gold, silent, quick, "def f(x): raise SystemExit", problem.gold)]
-    with VerifierPool(spec, {"benchmark": True}, deadline_s=60) as pool:
+    with VerifierPool(spec, {"benchmark": True, "seconds": 30.0}, deadline_s=60) as pool:
         found = [judgement.verdict for judgement in pool.verify(items)]
     assert found == [Verdict.CORRECT, Verdict.WRONG, Verdict.WRONG, Verdict.WRONG, Verdict.CORRECT]
 

@@ -14,14 +14,14 @@ import pytest
 from sputnik.cli import doctor
 from sputnik.errors import MissingPackage
 from sputnik.tasks.base import Verdict, judge, load_task
-from sputnik.tasks.sandbox import Sandbox, SandboxError, bubble
+from sputnik.tasks.sandbox import Limits, Sandbox, SandboxError, bubble
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
-    with Sandbox() as sandbox:
+    with Sandbox(Limits(seconds=30.0)) as sandbox:
         try:
             sandbox.check()
         except SandboxError as error:
@@ -302,3 +302,21 @@ def test_where_user_namespaces_are_forbidden_it_refuses_and_says_what_to_allow(s
     assert done.stdout == ""
     assert "SandboxError: the sandbox does not start: bwrap: " in last
     assert "user.max_user_namespaces above 0" in last
+
+
+IN_A_CONTAINER = f"""
+import errno, pyseccomp as p
+rules, user = p.SyscallFilter(p.ALLOW), 0x10000000
+rules.add_rule(p.ERRNO(errno.EPERM), "unshare")
+rules.add_rule(p.ERRNO(errno.EPERM), "clone", p.Arg(0, p.MASKED_EQ, user, user))
+rules.add_rule(p.ERRNO(errno.ENOSYS), "clone3")
+rules.load()
+{PROGRAM}"""
+
+
+def test_where_the_filter_of_a_container_forbids_namespaces_it_refuses_too(sandbox: Sandbox) -> None:
+    command = [sys.executable, "-c", IN_A_CONTAINER]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.stdout == ""
+    assert "SandboxError: the sandbox does not start: bwrap: No permissions to create new namespace" in done.stderr
+    assert "a container needs --security-opt seccomp=unconfined" in done.stderr

@@ -1,8 +1,8 @@
 """Start a sandbox: bubblewrap's command line, the seccomp filters, the users of the new namespace, and its end.
 
 The file system holds the interpreter with its standard library and the shared objects they are linked to, /dev/null and
-an empty /tmp; there is no /proc, no /etc, no home. What lies in many places outside lies under /python inside, so that
-not even paths of this machine are seen. Programs of a sandbox that root starts belong to a user who owns nothing.
+an empty /tmp; there is no /proc, no /etc, no home. What lies in many places outside lies under /python inside. Programs
+of a sandbox that root starts belong to a user who owns nothing.
 """
 
 import errno
@@ -35,7 +35,7 @@ HOW_TO_INSTALL = "run `apt-get install bubblewrap`, or scripts/sandbox.sh in a c
 HOW_TO_ALLOW = (
     "user namespaces must be allowed: user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, on Ubuntu "
     "kernel.apparmor_restrict_unprivileged_userns=0 (all by sysctl); a container needs --security-opt "
-    "seccomp=unconfined --security-opt apparmor=unconfined, or --privileged"
+    "seccomp=unconfined --security-opt apparmor=unconfined, or --privileged; root needs CAP_SETUID, _SETGID, _SETFCAP"
 )
 # What a program may ask of the kernel; anything else fails with EPERM. No sockets, no signals to others, no processes.
 CALLS = """

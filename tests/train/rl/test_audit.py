@@ -80,17 +80,19 @@ def test_every_shipped_set_belongs_to_a_task() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "line 1: "),
-        ('{"prompt": "a", "gold": "7", "answer": "7"}', 'line 1: "correct" is missing or no bool; a line is'),
-        ('{"prompt": "a", "gold": 7, "answer": "7", "correct": true}', 'line 1: "gold" is missing or no str'),
+        ("{", "set.jsonl:2: not JSON"),
+        ('{"prompt": "a", "gold": "7", "answer": "7"}', 'set.jsonl:2: "correct" is missing or no bool; a line is'),
+        ('{"prompt": "a", "gold": 7, "answer": "7", "correct": true}', 'set.jsonl:2: "gold" is missing or no str'),
         ('{"prompt": "a", "gold": "7", "answer": "7", "correct": true, "meta": 1}', '"meta" must be an object'),
-        ("\n\n", "holds no labelled answers"),
     ],
 )
 def test_a_line_that_is_none_is_an_error_with_its_number(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "set.jsonl"
-    file.write_text(text)
+    file.write_text(f"{line('a', '7', True)}\n{text}\n")
     with pytest.raises(DataError, match=message):
+        read_labelled(file)
+    file.write_text("\n")
+    with pytest.raises(DataError, match="they are empty"):
         read_labelled(file)
 
 

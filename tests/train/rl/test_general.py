@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sputnik.errors import ConfigError, DataError
+from sputnik.errors import ConfigError, DataError, TaskError
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.config import ModelConfig
 from sputnik.model.transformer import Transformer
+from sputnik.tasks.base import Judgement, Verdict
+from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import render_example
 from sputnik.train.reinforcement import Reinforcement
 from sputnik.train.reward_model import RewardModel
@@ -98,6 +100,19 @@ def test_preference_rewards_want_all_their_parts(
     with pytest.raises(ConfigError, match=message):
         train_rl(config, policy.checkpoint, tmp_path / "rl", policy.meter(), **given)
     assert not (tmp_path / "rl").exists()
+
+
+def test_a_step_that_nobody_could_judge_stops_the_run(
+    policy: Any, pool: VerifierPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Reinforcement(RLConfig(**ALONE), policy.model(), policy.tok, policy.task, pool)
+    collect = stage.worker.collect
+    fault = Judgement(Verdict.ERROR, "the worker died")
+    monkeypatch.setattr(
+        stage.worker, "collect", lambda *a: [[dataclasses.replace(s, judgement=fault) for s in g] for g in collect(*a)]
+    )
+    with pytest.raises(TaskError, match=r"step 2: no answer could be judged \(the worker died\); mend the verifier"):
+        stage._gather(2, 2)
 
 
 def test_too_few_prompts_for_a_step_are_refused(policy: Any, judged: list[Path], tmp_path: Path) -> None:

@@ -164,10 +164,10 @@ def test_prompt_files_are_read_once_each_and_mistakes_have_their_line(tmp_path: 
     prompts = read_prompts([good, good])
     assert [(p.prompt, p.meta) for p in prompts] == [("Hi", {"kind": "chat"}), ("Bye", {})]
     assert len({p.id for p in prompts}) == 2
-    for line, message in (("{", "line 2: "), ('{"prompt": " "}', 'line 2: an open prompt is {"prompt"')):
+    for line, message in (("{", "bad.jsonl:2: not JSON"), ('{"prompt": " "}', 'bad.jsonl:2: "prompt" is missing or')):
         bad.write_text('{"prompt": "Hi"}\n' + line + "\n")
         with pytest.raises(DataError, match=message):
             read_prompts([bad])
     bad.write_text("\n")
-    with pytest.raises(DataError, match="holds no prompts"):
+    with pytest.raises(DataError, match="they are empty"):
         read_prompts([bad])
