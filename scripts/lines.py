@@ -15,7 +15,7 @@ CEILINGS = {
     "eval": 2400,
     "model": 4200,
     "recipe": 4600,
-    "serve": 6000,
+    "serve": 7200,
     "tasks": 4200,
     "text": 2500,
     "train": 5600,
