@@ -241,12 +241,12 @@ async def _metrics(service: Service) -> bytes:
         "num_requests_running": float(len(service.requests) - admission.waiting),
         "num_requests_waiting": float(admission.waiting),
         "queued_prompt_tokens": float(admission.tokens),
-        "worker_up": float(service.link.up),
-        "workers_lost": float(service.link.died),
+        "worker_up": float(service.engine.up),
+        "workers_lost": float(service.engine.died),
     }
     try:
         async with asyncio.timeout(2.0):
-            engine = await service.link.figures()
+            engine = await service.engine.figures()
     except (TimeoutError, ConnectionError):
         engine = {}
     return service.measures.page(gauges, engine)

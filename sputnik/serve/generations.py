@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from sputnik.engine.params import SamplingParams
 from sputnik.serve import wire
 from sputnik.serve.link import Link
+from sputnik.serve.measures import Tally
 from sputnik.serve.reading import Answer, Delta, Speech
 from sputnik.serve.refusals import Refusal
 
@@ -88,6 +89,14 @@ class Job:
     def produced(self) -> int:
         """Tokens of all answers."""
         return sum(len(answer.ids) for answer in self.answers)
+
+    def tally(self) -> Tally:
+        return Tally(
+            self.arrived, self.first, sum(len(each.prompt) for each in self.asked),
+            sum(answer.cached for answer in self.leaders), self.produced,
+            sum(answer.thought_tokens for answer in self.answers),
+            tuple(answer.finish or "aborted" for answer in self.answers),
+        )  # fmt: skip
 
     def answer_now(self) -> None:
         """Close the thoughts: what comes next are the answers."""

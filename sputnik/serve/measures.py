@@ -6,14 +6,28 @@ page = measures.page(service_figures, engine_figures)          # text exposition
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sputnik.errors import MissingPackage
 
-if TYPE_CHECKING:
-    from sputnik.serve.generations import Job
-
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a request came to. Times are of the monotonic clock."""
+
+    arrived: float
+    first: float | None
+    """When its first token came."""
+    prompt: int
+    cached: int | None
+    """Of the prompt, taken from the cache; None: the engine does not tell."""
+    written: int
+    thought: int
+    """Of what was written."""
+    ends: tuple[str, ...]
+    """How each answer ended."""
 
 
 @dataclass
@@ -40,16 +54,15 @@ class Measures:
     each: Histogram = field(default_factory=Histogram)
     whole: Histogram = field(default_factory=Histogram)
 
-    def ended(self, job: "Job", now: float) -> None:
-        self.prompt_tokens += sum(len(asked.prompt) for asked in job.asked)
-        self.cached_tokens += sum(answer.cached for answer in job.leaders)
-        for answer in job.answers:
-            self.ends[answer.finish or "aborted"] += 1
-        self.whole.add(now - job.arrived)
-        if job.first is not None:
-            self.first.add(job.first - job.arrived)
-            if job.produced > len(job.answers):
-                self.each.add((now - job.first) / (job.produced / len(job.answers) - 1))
+    def ended(self, tally: Tally, now: float) -> None:
+        self.prompt_tokens += tally.prompt
+        self.cached_tokens += tally.cached or 0
+        self.ends.update(tally.ends)
+        self.whole.add(now - tally.arrived)
+        if tally.first is not None:
+            self.first.add(tally.first - tally.arrived)
+            if tally.written > len(tally.ends):
+                self.each.add((now - tally.first) / (tally.written / len(tally.ends) - 1))
 
     def page(self, gauges: Mapping[str, float], engine: Mapping[str, float]) -> bytes:
         try:

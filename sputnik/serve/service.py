@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from sputnik.serve import wire
 from sputnik.serve.admission import Admission, Full, Limits, Place, Ticket
@@ -23,7 +23,7 @@ from sputnik.serve.asking import Asking, Defaults
 from sputnik.serve.generations import Asked, Job
 from sputnik.serve.identity import Identity, Keyring
 from sputnik.serve.link import Link
-from sputnik.serve.measures import Measures
+from sputnik.serve.measures import Measures, Tally
 from sputnik.serve.reading import Speech
 from sputnik.serve.refusals import Refusal
 from sputnik.serve.settings import GatewaySettings
@@ -38,11 +38,48 @@ Name = tuple[str, str]
 """Account and request id."""
 
 
+class Engine(Protocol):
+    """Where answers come from: the link to our worker, or other servers (`upstreams/`)."""
+
+    died: int
+    """Workers that were lost."""
+
+    @property
+    def up(self) -> bool: ...
+
+    async def run(self) -> None:
+        """For ever."""
+
+    async def probe(self) -> float:
+        """Seconds a real token took; ConnectionError or TimeoutError without one."""
+
+    async def figures(self) -> dict[str, float]: ...
+
+
+class Work(Protocol):
+    """What runs for a request: a `Job`, or an answer of another server."""
+
+    @property
+    def produced(self) -> int:
+        """Tokens so far."""
+
+    def start(self) -> None:
+        """Its turn has come."""
+
+    def answer_now(self) -> None: ...
+
+    def fail(self, error: Refusal) -> None: ...
+
+    def close(self) -> None: ...
+
+    def tally(self) -> Tally: ...
+
+
 @dataclass
 class Open:
     """A request that has been let in."""
 
-    job: Job
+    job: Work
     ticket: Ticket
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -56,6 +93,7 @@ class Service:
             Limits(settings.queue, settings.queue_tokens, settings.per_key, settings.max_wait)
         )  # fmt: skip
         self.link = Link(settings.socket, self._joined, self._stepped)
+        self.engine: Engine = self.link
         self.measures = Measures()
         self.asking: Asking | None = None
         """There once a worker has been."""
@@ -67,7 +105,7 @@ class Service:
         self.finished = 0
 
     def begin(self) -> list["asyncio.Task[None]"]:
-        return [asyncio.create_task(self.link.run()), asyncio.create_task(self._tick())]
+        return [asyncio.create_task(self.engine.run()), asyncio.create_task(self._tick())]
 
     # --- requests ---
 
@@ -82,20 +120,26 @@ class Service:
     def open(self, name: Name, ticket: Ticket, asked: Sequence[Asked], seconds: float | None = None) -> Job:
         """Queue it; it runs when its turn comes."""
         assert self.asking is not None
-        if name in self.requests:
-            raise Refusal(400, f"request id {name[1]} is in use: send another x-request-id, or none")
-        now = time.monotonic()
         prompt = sum(len(each.prompt) for each in asked)
         answer = sum(each.params.max_tokens * each.params.n for each in asked)
         samples = sum(each.params.n for each in asked)
         job = Job(self.link, self.asking.speech, asked)
+        self.enter(name, ticket, job, prompt, answer, samples, seconds)
+        return job
+
+    def enter(
+        self, name: Name, ticket: Ticket, work: Work, prompt: int, answer: int, samples: int, seconds: float | None
+    ) -> None:
+        """The same for work of any kind, of so many tokens of prompt and at most of answer."""
+        if name in self.requests:
+            raise Refusal(400, f"request id {name[1]} is in use: send another x-request-id, or none")
+        now = time.monotonic()
         try:
             self.admission.enter(ticket, prompt, answer, samples, now, None if seconds is None else now + seconds)
         except Full as full:
             raise self._refusal(full) from None
-        self.requests[name] = self._by_ticket[ticket] = Open(job, ticket, now)
+        self.requests[name] = self._by_ticket[ticket] = Open(work, ticket, now)
         self.pump()
-        return job
 
     def close(self, name: Name) -> None:
         """It has ended, or nobody waits for it any more: what it held is free."""
@@ -104,7 +148,7 @@ class Service:
             return
         del self._by_ticket[request.ticket]
         request.job.close()
-        self.measures.ended(request.job, time.monotonic())
+        self.measures.ended(request.job.tally(), time.monotonic())
         self.admission.leave(request.ticket, time.monotonic(), request.job.produced)
         self.finished += 1
         self.pump()
@@ -132,7 +176,7 @@ class Service:
 
     async def ready(self) -> bool:
         """Whether a token comes out of the engine; asked by many, it is tried once a second."""
-        if self.admission.closed is not None or not self.link.up:
+        if self.admission.closed is not None or not self.engine.up:
             return False
         at, found = self._probed
         if time.monotonic() - at < PROBE_KEPT:
@@ -144,7 +188,7 @@ class Service:
     async def _probe(self) -> bool:
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                await self.link.probe()
+                await self.engine.probe()
             found = True
         except (TimeoutError, ConnectionError):
             found = False
@@ -165,7 +209,7 @@ class Service:
     def state(self) -> Literal["loading", "ready", "draining"]:
         if self.admission.closed is not None:
             return "draining"
-        return "ready" if self.link.up else "loading"
+        return "ready" if self.engine.up else "loading"
 
     # --- what the link tells ---
 
@@ -185,7 +229,7 @@ class Service:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
-            if not self.link.up:
+            if not self.engine.up:
                 self.admission.slots = self.admission.spare = 0
             for ticket in self.admission.expire(time.monotonic()):
                 late = Refusal(503, "its deadline passed while it waited", code="deadline", retry_after=5)
