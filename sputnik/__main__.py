@@ -27,6 +27,7 @@ VERBS = {
     "distill": ("sputnik.cli.distill:DistillConfig", "a small model learns what a larger one wrote"),
     "sft": ("sputnik.cli.sft:SftVerbConfig", "teach a model your dialogues, resumable"),
     "convert": ("sputnik.cli.convert:ConvertConfig", "write a model as Hugging Face safetensors or GGUF"),
+    "release": ("sputnik.cli.release:ReleaseConfig", "a model of a finished run for others to use, with its card"),
     "report": ("sputnik.cli.report:ReportConfig", "write report.html and report.json of a run"),
     "plan": ("sputnik.cli.plan:PlanConfig", "memory, time and money of a recipe or model before anything runs"),
     "doctor": ("sputnik.cli.doctor:DoctorConfig", "what this machine has, what is missing, how to get it"),

@@ -63,8 +63,8 @@ def gather(run: Run) -> dict[str, Any]:
         "status": "incomplete" if run.missing else "complete",
         "missing": run.missing,
         "headline": {
-            "base_pass_at_1": _estimate(base),
-            "zero_pass_at_1": _estimate(zero),
+            "base_pass_at_1": estimate(base),
+            "zero_pass_at_1": estimate(zero),
             "seconds": total["seconds"],
             "price_usd": total["usd"],
         },
@@ -122,7 +122,7 @@ def _models(run: Run) -> list[dict[str, Any]]:
                 "kind": stage.kind,
                 "from": stage.parent,
                 "evaluation": score.name,
-                "pass_at_1": _estimate(after),
+                "pass_at_1": estimate(after),
                 "change": _gain(before, after),
                 "different_conditions": _differences(before, after),
                 **{key: facts.get(key) for key in ("cons_at_k", "families", "length", "well_formed", "self_check")},
@@ -131,7 +131,8 @@ def _models(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _estimate(stage: Stage | None) -> dict[str, Any] | None:
+def estimate(stage: Stage | None) -> dict[str, Any] | None:
+    """pass@1 of an evaluation with its interval."""
     score = (stage.evaluation or {}).get("pass_at_1") if stage else None
     if not isinstance(score, Mapping) or number(score.get("mean")) is None:
         return None

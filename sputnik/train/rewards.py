@@ -103,7 +103,10 @@ def read_prompts(files: Sequence[Path]) -> list[OpenPrompt]:
     found = read_records(files, _open_prompt, "drop")
     if found.bad:
         raise DataError(f'{found.bad[0]}; an open prompt is {{"prompt": TEXT}}')
-    return list({prompt.id: prompt for _, prompt in found.kept}.values())
+    once: dict[str, OpenPrompt] = {}
+    for _, prompt in found.kept:
+        once.setdefault(prompt.id, prompt)
+    return list(once.values())
 
 
 def _open_prompt(record: Mapping[str, Any]) -> OpenPrompt:

@@ -52,6 +52,31 @@ def test_the_report_has_its_headline(whole: Path) -> None:
     assert report["status"] == "complete", report["missing"]
 
 
+CARD = 'title = "Small"\nsummary = "A model of sums."\ncannot = ["It does no more than sums."]\n'
+
+
+def test_a_released_model_has_the_scores_that_stand_on_its_card(whole: Path) -> None:
+    (whole / "card.toml").write_text(CARD)
+    command = ["release", "runs/small", "out", "--words", "card.toml"]
+    too_large = sputnik(whole, *command, "--most-mb", "0.1")
+    assert too_large.returncode == 2 and "MB of weights, and 0.1 MB are allowed" in too_large.stderr
+    assert not (whole / "out").exists()
+    done = sputnik(whole, *command)
+    assert done.returncode == 0, done.stderr
+    card = json.loads((whole / "out/card.json").read_text())
+    settings = ["--questions", "8", "--samples", "2", "--max-tokens", "32"]
+    again = sputnik(
+        whole, "eval", "out", "--task", "arithmetic", "--option", "terms=[2,3]", *settings, "--out", "score.json"
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads((whole / "score.json").read_text())["pass_at_1"] == card["score"]["pass_at_1"]
+    assert [stage["name"] for stage in card["stages"]] == ["corpus", "base", "base-eval", "zero", "zero-eval"]
+    text = (whole / "out/README.md").read_text()
+    assert "- It does no more than sums." in text and "Python Software Foundation" in text
+    foreign = sputnik(whole, "release", "runs/small", "runs", "--words", "card.toml")
+    assert foreign.returncode == 2 and "is there and no released model" in foreign.stderr
+
+
 def test_running_again_changes_nothing(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (whole / "runs/small").glob("*/**/*") if path.is_file()}
     done = sputnik(whole, "run", str(RECIPE))

@@ -280,6 +280,8 @@ class Arena:
     slow: Task
     folder: Path
     port: int
+    others: set[psutil.Process]
+    """Children that other tests have left running."""
     visitors: list[object] = field(default_factory=list)
 
     def judgement(self, task: Task, kind: str, source: str = "") -> Judgement:
@@ -316,8 +318,9 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     except SandboxError as error:
         pytest.skip(str(error))
     os.environ["SECRET"] = json.dumps(SECRET)
+    others = set(psutil.Process().children(recursive=True))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        arena = Arena(fast, slow, folder, server.getsockname()[1])
+        arena = Arena(fast, slow, folder, server.getsockname()[1], others)
         visits = threading.Thread(target=answer_visitors, args=(server, arena.visitors))
         visits.start()
         yield arena
@@ -348,7 +351,7 @@ def test_a_hostile_program_earns_nothing_and_leaves_nothing(arena: Arena, kind: 
     assert time.monotonic() - begun < SLOW_S + SLACK_S
     assert not (arena.folder / "canary").exists()
     assert not arena.visitors
-    processes = psutil.Process().children(recursive=True)
+    processes = set(psutil.Process().children(recursive=True)) - arena.others
     assert len(processes) <= 8, processes  # four warm sandboxes: bubblewrap and the server, no program
 
 
