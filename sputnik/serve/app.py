@@ -8,7 +8,7 @@ Each API route is there with `/v1` before it and without, as DeepSeek's are, and
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import msgspec
@@ -17,53 +17,57 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from sputnik import __version__
+from sputnik.serve.answering import answer, called, reading
 from sputnik.serve.asking import ALIASES, Asking
 from sputnik.serve.body import parse
 from sputnik.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
-from sputnik.serve.generations import Asked
-from sputnik.serve.guard import App, Call, Guard, Receive, Scope, Send, refuse
-from sputnik.serve.openapi import describe, has_body
+from sputnik.serve.generations import Job
+from sputnik.serve.guard import App, Guard, Receive, Scope, Send, refuse
+from sputnik.serve.messages.routes import add_messages
+from sputnik.serve.openapi import describe, speaks
 from sputnik.serve.refusals import Refusal
-from sputnik.serve.replies import EventStream, Whole
+from sputnik.serve.responses.routes import add_responses
+from sputnik.serve.responses.shelf import Shelf
 from sputnik.serve.service import Service
-from sputnik.serve.telling import ChatTeller, CompletionTeller, Head
-
-LONG = 1 << 15
-"""Bytes of a body from which a thread reads it, so that streams keep their pace."""
+from sputnik.serve.telling import ChatTeller, CompletionTeller, Head, Teller
 
 
 def make_app(service: Service, hosts: Collection[str] | None) -> App:
     app = FastAPI(title="Sputnik", version=__version__, docs_url=None, redoc_url=None)
-    routes = Routes(service)
+    routes, shelf = Routes(service), Shelf()
     for prefix in ("/v1", "", "/beta"):
-        app.include_router(_api(routes), prefix=prefix, include_in_schema=prefix == "/v1")
+        app.include_router(_api(routes, service, shelf), prefix=prefix, include_in_schema=prefix == "/v1")
     app.include_router(_beside(routes))
-    app.add_exception_handler(Refusal, _refused)
-    app.add_exception_handler(HTTPException, _not_there)
-    app.add_exception_handler(Exception, _broken)
-    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    add_errors(app)
+    names = [service.settings.name, *ALIASES]
+    app.openapi = lambda: describe(app, names)  # type: ignore[method-assign]
     return Guard(app, service, hosts)
 
 
-def _api(routes: "Routes") -> APIRouter:
+def _api(routes: "Routes", service: Service, shelf: Shelf) -> APIRouter:
     api = APIRouter()
-    api.add_api_route("/chat/completions", routes.chat, methods=["POST"], openapi_extra=has_body(ChatRequest))
-    api.add_api_route("/completions", routes.completions, methods=["POST"], openapi_extra=has_body(CompletionRequest))
-    api.add_api_route("/models", routes.models, methods=["GET"])
-    api.add_api_route("/models/{model}", routes.model, methods=["GET"])
-    api.add_api_route("/requests/{id}", routes.request, methods=["GET"])
-    api.add_api_route("/requests/{id}/answer_now", routes.answer_now, methods=["POST"])
-    api.add_api_route("/requests/{id}/cancel", routes.cancel, methods=["POST"])
+    add, get, post = api.add_api_route, ["GET"], ["POST"]
+    add("/chat/completions", routes.chat, methods=post, openapi_extra=speaks("ChatRequest", "ChatCompletion"))
+    add("/completions", routes.completions, methods=post, openapi_extra=speaks("CompletionRequest", "Completion"))
+    add("/embeddings", routes.embeddings, methods=post)
+    add("/models", routes.models, methods=get, openapi_extra=speaks(None, "ModelList"))
+    add("/models/{model}", routes.model, methods=get, openapi_extra=speaks(None, "Model"))
+    add("/requests/{id}", routes.request, methods=get, openapi_extra=speaks(None, "RequestStatus"))
+    add("/requests/{id}/answer_now", routes.answer_now, methods=post, openapi_extra=speaks(None, "RequestStatus"))
+    add("/requests/{id}/cancel", routes.cancel, methods=post, openapi_extra=speaks(None, "RequestStatus"))
+    add_responses(api, service, shelf)
+    add_messages(api, service)
     return api
 
 
 def _beside(routes: "Routes") -> APIRouter:
     beside = APIRouter()
-    beside.add_api_route("/tokenize", routes.tokenize, methods=["POST"], openapi_extra=has_body(TokenizeRequest))
-    beside.add_api_route("/detokenize", routes.detokenize, methods=["POST"], openapi_extra=has_body(DetokenizeRequest))
-    beside.add_api_route("/health", routes.health, methods=["GET"])
-    beside.add_api_route("/ready", routes.ready, methods=["GET"])
-    beside.add_api_route("/version", routes.version, methods=["GET"])
+    add, get, post = beside.add_api_route, ["GET"], ["POST"]
+    add("/tokenize", routes.tokenize, methods=post, openapi_extra=speaks("TokenizeRequest", "Tokens"))
+    add("/detokenize", routes.detokenize, methods=post, openapi_extra=speaks("DetokenizeRequest", "Prompt"))
+    add("/health", routes.health, methods=get, openapi_extra=speaks(None, "Status"))
+    add("/ready", routes.ready, methods=get, openapi_extra=speaks(None, "Status"))
+    add("/version", routes.version, methods=get, openapi_extra=speaks(None, "Version"))
     return beside
 
 
@@ -76,41 +80,31 @@ class Routes:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        call, asking = self._call(request)
+        call, asking = called(self._service, request)
         body = parse(call.body, ChatRequest)
-        if len(call.body) > LONG:
-            asked, applied = await asyncio.to_thread(asking.chat, body, call.identity)
-        else:
-            asked, applied = asking.chat(body, call.identity)
-        return self._answer(call, asking, body, [asked], applied, ChatTeller, "chatcmpl")
+        asked, applied = await reading(call, lambda: asking.chat(body, call.identity))
+        teller = self._teller(ChatTeller, f"chatcmpl-{call.id}", body, asking, applied)
+        return answer(self._service, call, [asked], bool(body.stream), teller)
 
     async def completions(self, request: Request) -> Response:
         """Go on from a text, or fill in between two."""
-        call, asking = self._call(request)
+        call, asking = called(self._service, request)
         body = parse(call.body, CompletionRequest)
-        asked, applied = await asyncio.to_thread(asking.completions, body, call.identity)
-        return self._answer(call, asking, body, asked, applied, CompletionTeller, "cmpl")
+        asked, applied = await reading(call, lambda: asking.completions(body, call.identity))
+        teller = self._teller(CompletionTeller, f"cmpl-{call.id}", body, asking, applied)
+        return answer(self._service, call, asked, bool(body.stream), teller)
 
-    def _answer(
-        self, call: Call, asking: Asking, body: Sampling, asked: list[Asked], applied: dict[str, Any],
-        kind: type[ChatTeller] | type[CompletionTeller], prefix: str,
-    ) -> Response:  # fmt: skip
-        assert call.ticket is not None
-        service, name = self._service, (call.identity.id, call.id)
+    def _teller(
+        self, kind: type[ChatTeller] | type[CompletionTeller], id: str, body: Sampling, asking: Asking,
+        applied: dict[str, Any],
+    ) -> Callable[[Job], Teller]:  # fmt: skip
+        head = Head(id, body.model, int(time.time()), f"fp_{self._service.fingerprint}")
         usage = body.stream_options is not None and body.stream_options.include_usage
-        job = service.open(name, call.ticket, asked, call.seconds)
-        head = Head(f"{prefix}-{call.id}", body.model, int(time.time()), f"fp_{service.fingerprint}")
-        teller = kind(head, asking.speech, job, applied, usage)
-        if not body.stream:
-            return Whole(job, teller, call.id, lambda: service.close(name))
+        return lambda job: kind(head, asking.speech, job, applied, usage)
 
-        def waiting() -> str:
-            place = service.place(name)
-            if place is None:
-                return "keep-alive"
-            return f"waiting, {place.position} before" + ("" if place.wait is None else f", about {place.wait:.0f} s")
-
-        return EventStream(job, teller, call.id, lambda: service.close(name), waiting, usage)
+    async def embeddings(self, request: Request) -> Response:
+        """Not offered."""
+        raise Refusal(501, "no embeddings here: this model writes, and was not trained to embed", retry=False)
 
     # --- a request under way ---
 
@@ -159,16 +153,16 @@ class Routes:
 
     async def tokenize(self, request: Request) -> Response:
         """Ids of a text, or of a conversation as the model sees it."""
-        call, asking = self._call(request)
+        call, asking = called(self._service, request)
         body = parse(call.body, TokenizeRequest)
         if (body.prompt is None) == (body.messages is None):
             raise Refusal(400, "give prompt or messages, one of them")
-        ids = await asyncio.to_thread(asking.tokens, body)
+        ids = await reading(call, lambda: asking.tokens(body))
         return JSONResponse({"count": len(ids), "max_model_len": asking.speech.context, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
-        call, asking = self._call(request)
+        call, asking = called(self._service, request)
         body = parse(call.body, DetokenizeRequest)
         return JSONResponse({"prompt": asking.text(body.tokens)})
 
@@ -185,19 +179,18 @@ class Routes:
     async def version(self) -> Response:
         return JSONResponse({"version": __version__})
 
-    def _call(self, request: Request) -> tuple[Call, Asking]:
-        if self._service.asking is None:
-            raise Refusal(503, "the model is being loaded", code="loading", retry_after=5)
-        return request.state.call, self._service.asking
+
+def add_errors(app: FastAPI) -> None:
+    app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(HTTPException, _not_there)
+    app.add_exception_handler(Exception, _broken)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    headers = {name.decode(): value.decode() for name, value in error.headers()}
     call = getattr(request.state, "call", None)
-    if call is not None:
-        headers["x-request-id"] = call.id
-    return Response(error.body(), error.status, headers)
+    status, headers, body = error.told(request.url.path, None if call is None else call.id)
+    return Response(body, status, {name.decode(): value.decode() for name, value in headers})
 
 
 async def _not_there(request: Request, error: Exception) -> Response:
@@ -227,7 +220,7 @@ def make_operator_app(service: Service) -> App:
             case "/health":
                 body, kind = msgspec.json.encode({"status": service.state}), b"application/json"
             case _:
-                await refuse(send, Refusal(404, "here are /metrics and /health"))
+                await refuse(send, Refusal(404, "here are /metrics and /health"), scope["path"])
                 return
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]})
         await send({"type": "http.response.body", "body": body})

@@ -76,6 +76,12 @@ class Asking:
         asked = Asked(prompt.ids, params, prompt.in_thought, names, one, _salt(identity, request))
         return asked, _applied(params, thinking=thinks, **thought)
 
+    def count(self, request: ChatRequest) -> int:
+        """Tokens of the prompt alone."""
+        self.check_model(request.model)
+        tools, choice = self._tools(request)
+        return len(self.prompt(request.messages, self._thinks(request), tools if choice != "none" else ()).ids)
+
     def prompt(self, messages: Sequence[ChatMessage], thinks: bool, tools: Sequence[Mapping[str, Any]]) -> Prompt:
         """Ids of a conversation, and of the beginning of its answer if the last message has `prefix`."""
         *before, last = messages

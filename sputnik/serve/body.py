@@ -9,6 +9,7 @@ named), or has a value of another type; nothing is coerced.
 import difflib
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
@@ -16,6 +17,7 @@ import msgspec
 from sputnik.serve.refusals import Refusal
 
 DEPTH = 64
+MEDIA = re.compile(r"Invalid (?:enum )?value '(\w*(?:image|audio|video|file|document)\w*)'")
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
 PLACE = re.compile(r"^(.*?)(?: - at `(.*)`)?$", re.DOTALL)
 T = TypeVar("T", bound=msgspec.Struct)
@@ -33,10 +35,12 @@ def read_json(body: bytes) -> Any:
         raise Refusal(400, f"the body is not JSON: {error}") from None
 
 
-def parse(body: bytes, kind: type[T]) -> T:
+def parse(body: bytes, kind: type[T], prepare: Callable[[dict[str, Any]], None] = lambda value: None) -> T:
+    """`prepare` may fill in what may be left out, before types are checked."""
     value = read_json(body)
     if not isinstance(value, dict):
         raise Refusal(400, "the body must be a JSON object")
+    prepare(value)
     known = [field.encode_name for field in msgspec.structs.fields(kind)]
     for name in value:
         if name not in known:
@@ -49,6 +53,8 @@ def parse(body: bytes, kind: type[T]) -> T:
         found = PLACE.match(str(error))
         text, place = found.groups() if found else (str(error), None)
         param = None if place is None else place.removeprefix("$.")
+        if media := MEDIA.search(text):
+            text = f"{media[1]} is not offered, this model reads text alone"
         raise Refusal(400, f"{param}: {text}" if param else text, code="invalid_value", param=param) from None
 
 

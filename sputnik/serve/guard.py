@@ -23,7 +23,7 @@ BODY_SECONDS = 15.0
 """That a body may take to arrive."""
 OPEN = frozenset({"/health", "/ready", "/version"})
 """Paths that say nothing about anybody, and ask for no key."""
-GENERATING = ("/chat/completions", "/completions")
+GENERATING = ("/chat/completions", "/completions", "/responses", "/messages")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 Scope = MutableMapping[str, Any]
@@ -45,13 +45,11 @@ class Call:
     """After which its answer is worth nothing, if it says so."""
 
 
-async def refuse(send: Send, refusal: Refusal, id: str | None = None) -> None:
+async def refuse(send: Send, refusal: Refusal, path: str, id: str | None = None) -> None:
     """The whole response."""
-    body = refusal.body()
-    headers = [*refusal.headers(), (b"content-length", str(len(body)).encode())]
-    if id is not None:
-        headers.append((b"x-request-id", id.encode()))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    status, headers, body = refusal.told(path, id)
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -68,7 +66,7 @@ class Guard:
         try:
             call = await self._admit(scope, receive)
         except Refusal as refusal:
-            await refuse(send, refusal)
+            await refuse(send, refusal, scope["path"])
             return
         scope.setdefault("state", {})["call"] = call
         try:

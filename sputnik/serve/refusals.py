@@ -1,7 +1,8 @@
-"""What a client is told when it gets no answer: one shape for all routes, OpenAI's, with the status that fits.
+"""What a client is told when it gets no answer: a status, and OpenAI's shape or on Anthropic's routes theirs.
 
     raise Refusal(400, "max_tokens must be at least 1", param="max_tokens")
     -> 400 {"error": {"message": ..., "type": "invalid_request_error", "param": "max_tokens", "code": null}}
+    -> 400 {"type": "error", "error": {"type": "invalid_request_error", "message": ...}, "request_id": ...}
 
 Refused for lack of room (429: this key's share, 503: the server's) says when to come again. Whatever fails after tokens
 were produced says that trying again costs them again (`x-should-retry`, which OpenAI's clients obey).
@@ -24,8 +25,21 @@ TYPES: Mapping[int, str] = {
     421: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
+    501: "not_implemented_error",
     503: "overloaded_error",
 }
+ANTHROPIC: Mapping[int, str] = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+"""Their names; all others are invalid_request_error. What is 503 elsewhere is 529 there."""
 
 
 class Refusal(Exception):
@@ -60,3 +74,18 @@ class Refusal(Exception):
         if self.status == 401:
             found.append((b"www-authenticate", b"Bearer"))
         return found
+
+    def told(self, path: str, id: str | None) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
+        """Status, headers and body in the shape of a route."""
+        headers = self.headers()
+        if id is not None:
+            headers += [(b"x-request-id", id.encode()), (b"request-id", id.encode())]
+        if not speaks_anthropic(path):
+            return self.status, headers, self.body()
+        kind = ANTHROPIC.get(self.status, "invalid_request_error")
+        body = {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": id}
+        return 529 if self.status == 503 else self.status, headers, msgspec.json.encode(body)
+
+
+def speaks_anthropic(path: str) -> bool:
+    return path.endswith(("/messages", "/messages/count_tokens"))

@@ -1,9 +1,9 @@
-"""How a job's deltas leave: as a stream of server-sent events, or as one JSON. ASGI responses, ended by either side.
+"""How answers leave: as a stream of server-sent events, or as one JSON. ASGI responses, ended by either side.
 
 Headers wait for the first token, so that what fails before has its own status and clients try again by themselves; only
 after `QUIET` seconds of silence does a stream begin without one, with a comment, and then there is one at least every
 `QUIET` seconds. The first chunk brings the first token: no empty chunk flatters the time to it. A client that goes
-frees what it held at once, and so does one that does not read for `SLOW` seconds.
+frees what it held at once, and so does one that does not read for `SLOW` seconds. What is said is the teller's.
 """
 
 import asyncio
@@ -22,89 +22,126 @@ QUIET = 10.0
 SLOW = 15.0
 
 
-class _Reply(Response):
-    def __init__(self, job: Job, teller: Teller, id: str, close: Callable[[], None]) -> None:
-        """`close` is called once, whatever happens."""
-        self._job, self._teller, self._id, self._close = job, teller, id, close
+class Reply(Response):
+    def __init__(self, id: str, left: Callable[[], None], close: Callable[[], None]) -> None:
+        """`left` is called when the client goes, `close` once, whatever happens."""
+        self._id, self._left, self._close = id, left, close
         self.background = None
         self.status_code = 200
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(_disconnected(receive))
-        gone.add_done_callback(lambda task: None if task.cancelled() else self._job.close())
+        gone.add_done_callback(lambda task: None if task.cancelled() else self._left())
         try:
-            await self._answer(send, gone)
+            await self.answer(send, gone)
         finally:
             gone.cancel()
             self._close()
 
-    async def _answer(self, send: Send, gone: "asyncio.Task[None]") -> None:
+    async def answer(self, send: Send, gone: "asyncio.Task[None]") -> None:
         raise NotImplementedError
 
-    async def _start(self, send: Send, kind: bytes, *more: tuple[bytes, bytes]) -> None:
-        headers = [(b"content-type", kind), (b"x-request-id", self._id.encode()), *more]
+    async def start(self, send: Send, kind: bytes, *more: tuple[bytes, bytes]) -> None:
+        id = self._id.encode()
+        headers = [(b"content-type", kind), (b"x-request-id", id), (b"request-id", id), *more]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
-class Whole(_Reply):
-    """One JSON at the end."""
+class WholeReply(Reply):
+    """One JSON, once it is there."""
 
-    async def _answer(self, send: Send, gone: "asyncio.Task[None]") -> None:
-        deltas: list[Delta] = []
-        while found := await self._job.deltas():
-            deltas += found
+    async def whole(self) -> bytes:
+        raise NotImplementedError
+
+    async def answer(self, send: Send, gone: "asyncio.Task[None]") -> None:
+        body = await self.whole()
         if gone.done():
             return
-        body = self._teller.reply(deltas)
-        await self._start(send, b"application/json", (b"content-length", str(len(body)).encode()))
+        await self.start(send, b"application/json", (b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.body", "body": body})
 
 
-class EventStream(_Reply):
-    """Chunks as they come, `[DONE]` at the end; `waiting` is what a comment says before the first token."""
+class StreamReply(Reply):
+    """Events as they come."""
 
-    def __init__(
-        self, job: Job, teller: Teller, id: str, close: Callable[[], None], waiting: Callable[[], str], usage: bool
-    ) -> None:
-        super().__init__(job, teller, id, close)
-        self._waiting, self._usage, self._begun = waiting, usage, False
+    _begun = False
 
-    async def _answer(self, send: Send, gone: "asyncio.Task[None]") -> None:
+    async def more(self) -> bytes:
+        """What comes next, waited for; empty at the end. A Refusal is the end, too."""
+        raise NotImplementedError
+
+    def silence(self) -> bytes:
+        raise NotImplementedError
+
+    def failed(self, refusal: Refusal) -> bytes:
+        raise NotImplementedError
+
+    async def answer(self, send: Send, gone: "asyncio.Task[None]") -> None:
         try:
             while True:
                 try:
                     async with asyncio.timeout(QUIET):
-                        deltas = await self._job.deltas()
+                        data = await self.more()
                 except TimeoutError:
-                    await self._write(send, f": {self._waiting()}\n\n".encode())
-                    continue
-                if not deltas:
+                    data = self.silence()
+                if not data:
                     break
-                await self._write(send, b"".join(map(_event, self._teller.chunks(deltas))))
-            if gone.done():
-                return
-            last = _event(self._teller.usage_chunk()) if self._usage else b""
-            await self._write(send, last + b"data: [DONE]\n\n", more=False)
+                await self._write(send, data)
+            if not gone.done():
+                await self._write(send, b"", more=False)
         except Refusal as refusal:
             if not self._begun:
                 raise
-            await self._write(send, _event(refusal.body()), more=False)
+            await self._write(send, self.failed(refusal), more=False)
         except TimeoutError:  # it does not read
-            self._job.close()
+            self._left()
 
     async def _write(self, send: Send, data: bytes, more: bool = True) -> None:
         async with asyncio.timeout(SLOW):
             if not self._begun:
                 self._begun = True
                 still = (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")
-                await self._start(send, b"text/event-stream; charset=utf-8", *still)
+                await self.start(send, b"text/event-stream; charset=utf-8", *still)
             await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+class Whole(WholeReply):
+    def __init__(self, job: Job, teller: Teller, id: str, close: Callable[[], None]) -> None:
+        super().__init__(id, job.close, close)
+        self._job, self._teller = job, teller
+
+    async def whole(self) -> bytes:
+        deltas: list[Delta] = []
+        while found := await self._job.deltas():
+            deltas += found
+        return self._teller.reply(deltas) if self._job.done else b""
+
+
+class EventStream(StreamReply):
+    """`waiting` is what is said before the first token."""
+
+    def __init__(
+        self, job: Job, teller: Teller, id: str, close: Callable[[], None], waiting: Callable[[], str]
+    ) -> None:
+        super().__init__(id, job.close, close)
+        self._job, self._teller, self._waiting = job, teller, waiting
+        self._ended = False
+
+    async def more(self) -> bytes:
+        if self._ended:
+            return b""
+        if deltas := await self._job.deltas():
+            return self._teller.events(deltas)
+        self._ended = True
+        return self._teller.end() if self._job.done else b""
+
+    def silence(self) -> bytes:
+        return self._teller.silence(self._waiting())
+
+    def failed(self, refusal: Refusal) -> bytes:
+        return self._teller.failed(refusal)
 
 
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"

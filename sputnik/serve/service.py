@@ -41,8 +41,9 @@ Name = tuple[str, str]
 class Engine(Protocol):
     """Where answers come from: the link to our worker, or other servers (`upstreams/`)."""
 
-    died: int
-    """Workers that were lost."""
+    @property
+    def died(self) -> int:
+        """Workers that were lost."""
 
     @property
     def up(self) -> bool: ...
@@ -92,7 +93,7 @@ class Service:
         self.admission = Admission(
             Limits(settings.queue, settings.queue_tokens, settings.per_key, settings.max_wait)
         )  # fmt: skip
-        self.link = Link(settings.socket, self._joined, self._stepped)
+        self.link = Link(settings.socket, self._joined, self.stepped)
         self.engine: Engine = self.link
         self.measures = Measures()
         self.asking: Asking | None = None
@@ -110,8 +111,9 @@ class Service:
     # --- requests ---
 
     def knock(self, identity: Identity, size: int) -> Ticket:
-        if self.asking is None:
-            raise Refusal(503, "the model is being loaded", code="loading", retry_after=5)
+        if self.asking is None and not (self.engine.up and self.engine is not self.link):
+            what = "the model is being loaded" if self.engine is self.link else "no upstream answers now"
+            raise Refusal(503, what, code="loading", retry_after=5)
         try:
             return self.admission.knock(identity, size, time.monotonic())
         except Full as full:
@@ -154,8 +156,9 @@ class Service:
         self.pump()
 
     def leave(self, ticket: Ticket) -> None:
-        """It went no further than the door."""
-        self.admission.leave(ticket, time.monotonic())
+        """It went no further than the door; one that was opened is ended by `close`."""
+        if ticket not in self._by_ticket:
+            self.admission.leave(ticket, time.monotonic())
 
     def place(self, name: Name) -> Place | None:
         """In the line; None once it runs."""
@@ -219,10 +222,14 @@ class Service:
             defaults = Defaults(self.settings.temperature, self.settings.top_p, self.settings.max_tokens)
             self.asking = Asking(speech, defaults, self.settings.name)
             self.fingerprint = hello.fingerprint
-        self.admission.slots, self.admission.spare = hello.slots, hello.spare
+        self.resized(hello.slots, hello.spare)
+
+    def resized(self, slots: int, spare: int = 0) -> None:
+        """So many answers can be written at once now."""
+        self.admission.slots, self.admission.spare = slots, spare
         self.pump()
 
-    def _stepped(self, tokens: int) -> None:
+    def stepped(self, tokens: int) -> None:
         self.measures.tokens += tokens
         self.admission.produced(tokens, time.monotonic())
 

@@ -1,8 +1,8 @@
 """From the deltas of a job to what the client reads: chunks of a stream, or one reply. In OpenAI's and DeepSeek's form.
 
-    teller = ChatTeller(head, job, applied)        # or CompletionTeller
-    teller.chunks(deltas, usage)                   # -> [bytes of one JSON each]
-    teller.reply(deltas)                           # all of them -> the bytes of the whole
+    teller = ChatTeller(head, speech, job, applied)    # or CompletionTeller
+    teller.events(deltas), teller.end()                # -> bytes of server-sent events
+    teller.reply(deltas)                               # all of them -> the bytes of the whole
 
 A reply is made of the same deltas as the chunks, so their texts are equal. A thought is sent under both of its names,
 `reasoning_content` (DeepSeek) and `reasoning`. What no standard field has room for stands in `finish_details` of a
@@ -18,6 +18,8 @@ import msgspec
 from sputnik.engine.thinking import Finish
 from sputnik.serve.generations import Job
 from sputnik.serve.reading import Answer, Delta, Score, Speech
+from sputnik.serve.refusals import Refusal
+from sputnik.text.tokenizer import Tokenizer
 
 REASONS: Mapping[Finish, str] = {
     "stop": "stop",
@@ -40,11 +42,22 @@ class Head:
 
 
 class Teller(Protocol):
-    def chunks(self, deltas: Sequence[Delta]) -> list[bytes]: ...
+    """How one dialect tells an answer."""
 
-    def reply(self, deltas: Sequence[Delta]) -> bytes: ...
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        """What comes of some of the deltas, as server-sent events."""
 
-    def usage_chunk(self) -> bytes: ...
+    def end(self) -> bytes:
+        """The last of them."""
+
+    def failed(self, refusal: Refusal) -> bytes:
+        """The last of them, when it ends so."""
+
+    def silence(self, text: str) -> bytes:
+        """So that nobody takes the connection for dead."""
+
+    def reply(self, deltas: Sequence[Delta]) -> bytes:
+        """All of the deltas, as one JSON."""
 
 
 class _Told:
@@ -57,11 +70,21 @@ class _Told:
         self._with_usage = usage
         self._begun: set[int] = set()
 
-    def chunks(self, deltas: Sequence[Delta]) -> list[bytes]:
-        return [self._chunk([self._choice(delta)], delta) for delta in merged(deltas)]
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        return b"".join(_event(self._chunk([self._choice(delta)], delta)) for delta in merged(deltas))
 
-    def usage_chunk(self) -> bytes:
-        return msgspec.json.encode(self._frame(self.chunk_kind) | {"choices": [], "usage": usage(self.job)})
+    def end(self) -> bytes:
+        last = b""
+        if self._with_usage:
+            frame = self._frame(self.chunk_kind) | {"choices": [], "usage": usage(self.job)}
+            last = _event(msgspec.json.encode(frame))
+        return last + _event(b"[DONE]")
+
+    def failed(self, refusal: Refusal) -> bytes:
+        return _event(refusal.body())
+
+    def silence(self, text: str) -> bytes:
+        return f": {text}\n\n".encode()
 
     def reply(self, deltas: Sequence[Delta]) -> bytes:
         by_sample = {answer.sample: [d for d in deltas if d.sample == answer.sample] for answer in self.job.answers}
@@ -91,15 +114,8 @@ class _Told:
         """finish_reason and finish_details of a sample that has ended."""
         assert answer.finish is not None
         reason = REASONS.get(answer.finish, "stop")
-        details: dict[str, Any] = {"type": answer.finish}
-        if answer.closed_by is not None:
-            details["thought_closed_by"] = answer.closed_by
-        if answer.stopped is not None:
-            details["stop"] = answer.stopped
-        if answer.broken:
-            details["broken_calls"] = [{"text": each.text, "reason": each.reason} for each in answer.broken]
         reason = "tool_calls" if answer.calls and reason == "stop" else reason
-        return {"finish_reason": reason, "finish_details": details}
+        return {"finish_reason": reason, "finish_details": finish_details(answer)}
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
@@ -154,17 +170,9 @@ class ChatTeller(_Told):
     def _scores(self, scores: Sequence[Score]) -> dict[str, Any]:
         """Of the answer under `content`, of the thought beside it, as DeepSeek has it."""
         return {
-            name: [self._score(score) for score in scores if score.channel == channel]
+            name: told_scores(self.speech.tok, scores, channel)
             for name, channel in (("content", "answer"), ("reasoning_content", "thinking"))
         }
-
-    def _score(self, score: Score) -> dict[str, Any]:
-        top = [self._token(id, logprob) for id, logprob in score.top]
-        return self._token(score.id, score.logprob) | {"top_logprobs": top}
-
-    def _token(self, id: int, logprob: float) -> dict[str, Any]:
-        found = self.speech.tok.token_bytes([id])
-        return {"token": found.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(found)}
 
 
 class CompletionTeller(_Told):
@@ -198,6 +206,32 @@ class CompletionTeller(_Told):
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
+def finish_details(answer: Answer) -> dict[str, Any]:
+    """How it ended exactly."""
+    details: dict[str, Any] = {"type": answer.finish}
+    if answer.closed_by is not None:
+        details["thought_closed_by"] = answer.closed_by
+    if answer.stopped is not None:
+        details["stop"] = answer.stopped
+    if answer.broken:
+        details["broken_calls"] = [{"text": each.text, "reason": each.reason} for each in answer.broken]
+    return details
+
+
+def told_scores(tok: Tokenizer, scores: Sequence[Score], channel: str) -> list[dict[str, Any]]:
+    """Those of one channel, each with the likeliest tokens in its place."""
+
+    def token(id: int, logprob: float) -> dict[str, Any]:
+        found = tok.token_bytes([id])
+        return {"token": found.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(found)}
+
+    return [
+        token(score.id, score.logprob) | {"top_logprobs": [token(id, logprob) for id, logprob in score.top]}
+        for score in scores
+        if score.channel == channel
+    ]
+
+
 def merged(deltas: Sequence[Delta]) -> list[Delta]:
     """Neighbouring texts of one sample and channel become one: a reader who lags gets fewer, longer pieces."""
     found: list[Delta] = []
@@ -229,3 +263,7 @@ def usage(job: Job) -> dict[str, Any]:
 
 def _channels(channel: str, text: str) -> dict[str, str]:
     return {"content": text} if channel == "answer" else {"reasoning_content": text, "reasoning": text}
+
+
+def _event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"

@@ -1,0 +1,1 @@
+"""Anthropic's Messages: a dialect of the same requests and answers."""

@@ -1,0 +1,174 @@
+"""Responses that are being written and those that are kept: events by number, bodies, turns to go on from.
+
+    record = Record(id, owner, teller, job, ...)
+    task = shelf.write(record, close)              # it is written, whoever reads; `close` is called at its end
+    while events := await record.after(number): ...
+    shelf.find(owner, id)                          # Refusal 404
+
+Kept in memory, for the key that asked alone: `PER_KEY` responses and `KEY_BYTES` of each key, `BYTES` of all, for
+`SECONDS`; the oldest go first. What is being written is not counted: keys have a limit of requests under way. Left out:
+a disk. They are gone when the gateway ends.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from sputnik.serve.fields import ChatMessage
+from sputnik.serve.generations import Job
+from sputnik.serve.refusals import Refusal
+from sputnik.serve.responses.telling import Event, ResponseTeller
+
+PER_KEY = 256
+KEY_BYTES = 16 << 20
+BYTES = 64 << 20
+SECONDS = 3600.0
+
+
+@dataclass(eq=False)
+class Record:
+    id: str
+    owner: str
+    turns: list[ChatMessage]
+    """The conversation; once it is written, its answer too."""
+    teller: ResponseTeller | None
+    job: Job | None
+    streamed: bool
+    """Its events are kept."""
+    kept: bool
+    goes_on: bool
+    """Even if nobody reads."""
+    events: list[bytes] = field(default_factory=list)
+    error: Refusal | None = None
+    """It ended before anything was told."""
+    final: bytes | None = None
+    """The response once it has ended."""
+    whole: bool = False
+    """It has an answer to go on from."""
+    ended: float = 0.0
+    size: int = 0
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def body(self) -> bytes:
+        if self.final is not None:
+            return self.final
+        assert self.teller is not None
+        return msgspec.json.encode(self.teller.response())
+
+    def add(self, events: Sequence[Event]) -> None:
+        if self.streamed:
+            for event in events:
+                data = msgspec.json.encode(event | {"sequence_number": len(self.events)})
+                self.events.append(b"event: " + event["type"].encode() + b"\ndata: " + data + b"\n\n")
+        self._wake()
+
+    async def after(self, number: int) -> list[bytes]:
+        """Events from that number on, waited for; none: it has ended."""
+        while len(self.events) <= number and self.final is None:
+            await self._news.wait()
+        if self.error is not None:
+            raise self.error
+        return self.events[number:]
+
+    async def until_ended(self) -> None:
+        while self.final is None:
+            await self._news.wait()
+
+    def left(self) -> None:
+        """Who asked for it has gone."""
+        if not self.goes_on:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.job is not None:
+            self.job.close()
+
+    def end(self, events: Sequence[Event]) -> None:
+        assert self.teller is not None
+        self.final = self.body
+        self.add(events)
+        if self.whole:
+            self.turns.append(self.teller.turn())
+        self.teller = self.job = None
+        self.ended = time.monotonic()
+        said = sum(len(turn.content) for turn in self.turns if isinstance(turn.content, str))
+        self.size = len(self.final) + sum(map(len, self.events)) + said
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+
+class Shelf:
+    def __init__(self) -> None:
+        self._records: dict[tuple[str, str], Record] = {}
+        self._writing: set[asyncio.Task[None]] = set()
+
+    def find(self, owner: str, id: str) -> Record:
+        self._trim()
+        record = self._records.get((owner, id))
+        if record is None:
+            message = f"no response {id[:100]!r} is kept here for this key"
+            raise Refusal(404, message, code="response_not_found", param="id")
+        return record
+
+    def turns(self, owner: str, id: str | None) -> list[ChatMessage]:
+        """Of the response that the next one goes on from."""
+        if id is None:
+            return []
+        record = self.find(owner, id)
+        if not record.whole or record.final is None:
+            message = "previous_response_id: that response has no answer to go on from"
+            raise Refusal(400, message, param="previous_response_id")
+        return record.turns
+
+    def drop(self, record: Record) -> None:
+        record.stop()
+        record.kept = False
+        self._records.pop((record.owner, record.id), None)
+
+    def write(self, record: Record, close: Callable[[], None]) -> None:
+        if record.kept:
+            self._records[record.owner, record.id] = record
+        task = asyncio.create_task(self._write(record, close))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+
+    async def _write(self, record: Record, close: Callable[[], None]) -> None:
+        teller, job, begun = record.teller, record.job, False
+        assert teller is not None and job is not None
+        try:
+            while deltas := await job.deltas():
+                start = [] if begun else teller.begin("in_progress")
+                record.add([*start, *teller.events(deltas)])
+                begun = True
+            record.whole = job.done
+            record.end([*([] if begun else teller.begin("in_progress")), *teller.end()])
+        except Refusal as refusal:
+            if not begun and not record.events:
+                record.error = refusal
+                self.drop(record)
+            record.end(teller.fail(refusal))
+        finally:
+            close()
+            self._trim()
+
+    def _trim(self) -> None:
+        oldest = time.monotonic() - SECONDS
+        ended = [record for record in self._records.values() if record.final is not None]
+        count = Counter(record.owner for record in ended)
+        size: Counter[str] = Counter()
+        for record in ended:
+            size[record.owner] += record.size
+        for record in ended:  # the oldest first
+            owner = record.owner
+            greedy = size.total() > BYTES and size[owner] == max(size.values())
+            if record.ended < oldest or count[owner] > PER_KEY or size[owner] > KEY_BYTES or greedy:
+                count[owner] -= 1
+                size[owner] -= record.size
+                self.drop(record)
