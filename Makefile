@@ -27,11 +27,13 @@ quickstart: .venv/.ready-run
 test: .venv/.ready-dev
 	@scripts/browser.sh
 	@scripts/sandbox.sh
+	@scripts/postgres.sh
 	@start=$$(date +%s); status=0; $(PYTEST) -n $(WORKERS) --dist loadscope || status=$$?; \
 	echo "make test: $$(( $$(date +%s) - start )) seconds"; exit $$status
 
 slow: .venv/.ready-dev
 	@scripts/sandbox.sh
+	@scripts/postgres.sh
 	$(PYTEST) -m slow --timeout 1800
 
 check: .venv/.ready-dev

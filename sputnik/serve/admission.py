@@ -70,6 +70,8 @@ class Ticket:
     deadline: float | None = None
     cost: float = 0.0
     """What it is taken to cost until it has ended."""
+    whole: bool = False
+    """All of its answers came to their end."""
 
 
 @dataclass(eq=False)
