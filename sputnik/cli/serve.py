@@ -10,15 +10,16 @@ import shutil
 import socket
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from sputnik.errors import ConfigError, MissingPackage
 from sputnik.serve.identity import key_hash, new_key
-from sputnik.serve.settings import GatewaySettings, Template, WorkerSettings
+from sputnik.serve.settings import GatewaySettings, Template, UpstreamSettings, WorkerSettings
 from sputnik.serve.supervisor import Child, Supervisor
 from sputnik.serve.titles import set_title
 from sputnik.serve.watch import Rules
@@ -28,8 +29,10 @@ PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle")
 
 
 @dataclass(frozen=True)
-class ServeConfig:
-    model: Positional[str]
+class FrontConfig:
+    """What is asked of whoever comes, whatever engine answers."""
+
+    model: Positional[str] = ""
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
     host: str = "127.0.0.1"
     """The address to listen on; 0.0.0.0 for all."""
@@ -40,22 +43,8 @@ class ServeConfig:
     """Of the model, as clients name it; else that of its directory."""
     open: bool = False
     """Ask nobody for a key; on loopback alone."""
-    template: Template = "auto"
-    """auto: the one the model was trained with."""
-    device: str = "cpu"
-    precision: str = "auto"
-    weights: str | None = None
-    """int8 or int4: smaller and faster."""
-    exact: bool = False
-    """The reproducible mode: an answer depends on nothing but its request, even over a crash; slower prefill."""
     slots: int = 32
     """Answers written at once."""
-    cache_gib: float = 1.0
-    max_tokens: int = 4096
-    """Of requests that name none, thinking included; less where the context has less room."""
-    temperature: float = 0.6
-    """Of requests that name none."""
-    top_p: float = 0.95
     queue: int = 256
     """Requests that may wait; others are refused."""
     max_wait: float = 120.0
@@ -64,6 +53,29 @@ class ServeConfig:
     """Requests of one key, waiting and running."""
     drain: float = 30.0
     """Seconds that running answers get at the end."""
+    upstream: UseAppendAction[tuple[str, ...]] = ()
+    """Another OpenAI-compatible server that answers, http://host:8000; several times for several. No model then.
+    Its key, or keys with commas between: SPUTNIK_UPSTREAM_KEY, or in the file that SPUTNIK_UPSTREAM_KEY_FILE names."""
+    affinity: bool = False
+    """Conversations that begin alike go to the same upstream, where its cache has them."""
+
+
+@dataclass(frozen=True)
+class ServeConfig(FrontConfig):
+    template: Template = "auto"
+    """auto: the one the model was trained with."""
+    device: str = "cpu"
+    precision: str = "auto"
+    weights: str | None = None
+    """int8 or int4: smaller and faster."""
+    exact: bool = False
+    """The reproducible mode: an answer depends on nothing but its request, even over a crash; slower prefill."""
+    cache_gib: float = 1.0
+    max_tokens: int = 4096
+    """Of requests that name none, thinking included; less where the context has less room."""
+    temperature: float = 0.6
+    """Of requests that name none."""
+    top_p: float = 0.95
 
     def __post_init__(self) -> None:
         for name, least in (("slots", 1), ("max_tokens", 1), ("queue", 0), ("per_key", 1), ("drain", 0)):
@@ -74,6 +86,26 @@ class ServeConfig:
                 raise ConfigError(f"port {port}: choose one between 1 and 65535")
         if self.open and self.host not in LOOPBACK:
             raise ConfigError(f"--open would let everybody use {self.host}: leave it out, or listen on 127.0.0.1")
+        self._check_upstreams()
+
+    def _check_upstreams(self) -> None:
+        """Either a model or upstreams, and of a model's flags none that an upstream would not hear of."""
+        if bool(self.model) == bool(self.upstream):
+            raise ConfigError("name a model, or other servers by --upstream http://host:8000: one of both")
+        if self.affinity and not self.upstream:
+            raise ConfigError("--affinity is for several --upstream: leave it out")
+        own = [field for field in fields(self) if field.name in ServeConfig.__annotations__]
+        changed = [each.name for each in own if getattr(self, each.name) != each.default] if self.upstream else []
+        if changed:
+            raise ConfigError(f"--{changed[0].replace('_', '-')} is for a model of ours: an upstream decides by itself")
+        for url in self.upstream:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+                raise ConfigError(f"--upstream {parts.hostname or url}: an address such as http://host:8000")
+            if parts.username or parts.password:
+                raise ConfigError(
+                    f"--upstream {parts.hostname}: put its key into SPUTNIK_UPSTREAM_KEY, not the address"
+                )
 
     @property
     def metrics_port(self) -> int:
@@ -82,8 +114,8 @@ class ServeConfig:
     @property
     def served_name(self) -> str:
         """`runs/quickstart/zero/checkpoint` is served as quickstart-zero."""
-        if self.name is not None:
-            return self.name
+        if self.name is not None or self.upstream:
+            return self.name or "MODEL"
         parts = [part for part in Path(self.model).parts if part not in ("/", "..", ".", "checkpoint")]
         if "runs" in parts[:-1]:
             parts = ["-".join(parts[parts.index("runs") + 1 :])]
@@ -96,16 +128,26 @@ class ServeConfig:
             cache_bytes=int(self.cache_gib * 2**30), drain=self.drain,
         )  # fmt: skip
 
-    def gateway(self, path: Path, keys: list[str] | None) -> GatewaySettings:
+    def gateway(self, path: Path, keys: list[str] | None, upstream_keys: list[str] | None = None) -> GatewaySettings:
         return GatewaySettings(
             str(path), self.host, self.port, self.metrics_port, self.served_name, keys, temperature=self.temperature,
             top_p=self.top_p, max_tokens=self.max_tokens, queue=self.queue, max_wait=self.max_wait,
-            per_key=self.per_key, drain=self.drain,
+            per_key=self.per_key, drain=self.drain, upstreams=self._upstreams(upstream_keys or []),
         )  # fmt: skip
+
+    def _upstreams(self, keys: list[str]) -> UpstreamSettings | None:
+        if not self.upstream:
+            return None
+        if len(keys) not in (0, 1, len(self.upstream)):
+            raise ConfigError(
+                f"SPUTNIK_UPSTREAM_KEY: {len(keys)} keys for {len(self.upstream)} upstreams: one, or each"
+            )
+        urls = [url.rstrip("/") for url in self.upstream]
+        return UpstreamSettings(urls, keys, self.name, self.affinity, self.slots)
 
 
 def main(config: ServeConfig) -> int:
-    for package in PACKAGES:
+    for package in (*PACKAGES, "httpx2") if config.upstream else PACKAGES:
         if find_spec(package) is None:
             raise MissingPackage(package.replace("_", "-"), extra="serve")
     _check_free(config.host, config.port)
@@ -117,15 +159,24 @@ def main(config: ServeConfig) -> int:
     try:
         path = directory / "worker.sock"
         hashes = None if config.open else [key_hash(key) for key in keys]
-        children = [
-            Child("worker", config.worker(path), _say, Rules()),
-            Child("gateway", config.gateway(path, hashes), _say, Rules()),
-        ]
+        gateway = Child("gateway", config.gateway(path, hashes, _upstream_keys()), _say, Rules())
+        workers = [] if config.upstream else [Child("worker", config.worker(path), _say, Rules())]
         shown = None if config.open else "that of SPUTNIK_API_KEY" if given else keys[0]
-        _say(f"loading {config.model}")
-        return Supervisor(children, _say, lambda: _welcome(config, shown), config.drain).run()
+        _say(f"loading {config.model}" if config.model else f"waiting for {' or '.join(config.upstream)}")
+        return Supervisor([*workers, gateway], _say, lambda: _welcome(config, shown), config.drain).run()
     finally:
         shutil.rmtree(directory)
+
+
+def _upstream_keys() -> list[str]:
+    """Out of the environment, so that no child has them there."""
+    given, file = os.environ.pop("SPUTNIK_UPSTREAM_KEY", ""), os.environ.pop("SPUTNIK_UPSTREAM_KEY_FILE", "")
+    if file:
+        try:
+            given = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"SPUTNIK_UPSTREAM_KEY_FILE: {file} cannot be read: {error}") from None
+    return [key.strip() for key in given.split(",") if key.strip()]
 
 
 def _say(text: str) -> None:

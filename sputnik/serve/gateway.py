@@ -49,13 +49,14 @@ async def serve(settings: GatewaySettings) -> int:
     from sputnik.serve.app import make_app, make_operator_app
 
     service = Service(settings)
+    app = _before_others(service, settings) if settings.upstreams else make_app(service, hosts_of(settings.host))
     if settings.beats is not None:
         Pulse(
             settings.beats, lambda: Beat(service.state, service.finished, len(service.requests))
         ).start()  # fmt: skip
     tasks = service.begin()
     servers = [
-        http_server(make_app(service, hosts_of(settings.host)), settings.host, settings.port),
+        http_server(app, settings.host, settings.port),
         http_server(make_operator_app(service), "127.0.0.1", settings.operator_port),
     ]
     running = [asyncio.create_task(server.serve()) for server in servers]
@@ -75,6 +76,16 @@ async def serve(settings: GatewaySettings) -> int:
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.gather(*running), 5)
     return 0 if drained else 1
+
+
+def _before_others(service: Service, settings: GatewaySettings) -> App:
+    """Upstreams take the worker's place."""
+    from sputnik.serve.upstreams.fleet import Fleet
+    from sputnik.serve.upstreams.routes import make_upstream_app
+
+    assert settings.upstreams is not None
+    service.engine = fleet = Fleet(settings.upstreams, service.resized, service.stepped)
+    return make_upstream_app(service, fleet, hosts_of(settings.host))
 
 
 def main(settings: GatewaySettings) -> int:

@@ -29,6 +29,25 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """Seconds that running requests get after SIGTERM."""
 
 
+class UpstreamSettings(msgspec.Struct, frozen=True):
+    """Other servers that answer in place of a worker, all of them with the same models."""
+
+    urls: list[str]
+    keys: list[str]
+    """One for each, or one for all, or none."""
+    name: str | None = None
+    """The name under which the one model of each is known here; None: their own names."""
+    affinity: bool = False
+    slots: int = 32
+    """Answers written at once, of each."""
+    every: float = 2.0
+    """Seconds between probes."""
+    first: float = 300.0
+    """Seconds that a first token may take."""
+    stall: float = 60.0
+    """Seconds of silence in the middle of an answer."""
+
+
 class GatewaySettings(msgspec.Struct, frozen=True):
     socket: str
     host: str
@@ -47,3 +66,4 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     max_wait: float = 120.0
     per_key: int = 64
     drain: float = 30.0
+    upstreams: UpstreamSettings | None = None
