@@ -22,7 +22,7 @@ from sputnik.serve.identity import key_hash, new_key
 from sputnik.serve.settings import GatewaySettings, Template, UpstreamSettings, WorkerSettings
 from sputnik.serve.supervisor import Child, Supervisor
 from sputnik.serve.titles import set_title
-from sputnik.serve.watch import Rules
+from sputnik.serve.watch import GATEWAY, WORKER
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle")
@@ -159,8 +159,8 @@ def main(config: ServeConfig) -> int:
     try:
         path = directory / "worker.sock"
         hashes = None if config.open else [key_hash(key) for key in keys]
-        gateway = Child("gateway", config.gateway(path, hashes, _upstream_keys()), _say, Rules())
-        workers = [] if config.upstream else [Child("worker", config.worker(path), _say, Rules())]
+        gateway = Child("gateway", config.gateway(path, hashes, _upstream_keys()), _say, GATEWAY)
+        workers = [] if config.upstream else [Child("worker", config.worker(path), _say, WORKER)]
         shown = None if config.open else "that of SPUTNIK_API_KEY" if given else keys[0]
         _say(f"loading {config.model}" if config.model else f"waiting for {' or '.join(config.upstream)}")
         return Supervisor([*workers, gateway], _say, lambda: _welcome(config, shown), config.drain).run()

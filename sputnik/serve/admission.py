@@ -161,7 +161,7 @@ class Admission:
         ticket.state = "waiting"
         self.door -= 1
         self.waiting += 1
-        wait = self.place(ticket, now).wait
+        wait = None if deadline is None else self.place(ticket, now).wait
         if wait is not None and deadline is not None and now + wait > deadline:
             raise Full("server", f"it would wait {wait:.0f} s, beyond its deadline", wait)
 

@@ -5,7 +5,7 @@
     for beat in Ear(ours).hear(): ...                                         # in the supervisor, never waiting
 
 A beat counts scheduler steps, so a process that lives and does nothing is seen too; one that is stopped or dead beats
-no more. A child whose supervisor has gone ends itself, as on SIGTERM.
+no more. A child whose supervisor has gone ends itself, as on SIGTERM, and if that takes too long, at once.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,12 +21,14 @@ import msgspec
 
 EVERY = 0.5
 """Seconds between beats."""
+GRACE = 60.0
+"""Seconds that a child without a supervisor has to end."""
 
 
 class Beat(msgspec.Struct, frozen=True):
     state: Literal["loading", "ready", "draining"]
     steps: int = 0
-    """Scheduler steps of a worker, finished requests of a gateway."""
+    """Scheduler steps of a worker, looks at the clock of a gateway."""
     busy: int = 0
     """Requests under way."""
 
@@ -33,11 +36,11 @@ class Beat(msgspec.Struct, frozen=True):
 class Pulse(threading.Thread):
     """The child's side, a thread of its own: it beats while the process computes."""
 
-    def __init__(self, descriptor: int, read: Callable[[], Beat]) -> None:
+    def __init__(self, descriptor: int, read: Callable[[], Beat], grace: float = GRACE) -> None:
         super().__init__(name="pulse", daemon=True)
         self._socket = socket.socket(fileno=descriptor)
         self._socket.settimeout(None)
-        self._read = read
+        self._read, self._grace = read, grace
         self._now = threading.Event()
 
     def run(self) -> None:
@@ -45,10 +48,12 @@ class Pulse(threading.Thread):
             try:
                 self._socket.sendall(msgspec.json.encode(self._read()) + b"\n")
             except OSError:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+                break
             self._now.wait(EVERY)
             self._now.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(self._grace)
+        os.kill(os.getpid(), signal.SIGKILL)  # it hangs, and nobody else is there to end it
 
     def beat(self) -> None:
         """At once: the state has changed."""
@@ -62,12 +67,15 @@ class Ear:
         connection.setblocking(False)
         self._socket, self._rest = connection, b""
         self._decoder = msgspec.json.Decoder(Beat)
+        self.ended = False
+        """The child has closed its end."""
 
     def hear(self) -> list[Beat]:
         """Beats since the last call, oldest first."""
         with contextlib.suppress(OSError):
             while found := self._socket.recv(1 << 16):
                 self._rest += found
+            self.ended = True
         *lines, self._rest = self._rest.split(b"\n")
         return [self._decoder.decode(line) for line in lines]
 

@@ -6,6 +6,7 @@ get 503 at once, running ones their time, then it exits with 0.
 
 import asyncio
 import contextlib
+import resource
 import signal
 import sys
 from collections.abc import Collection
@@ -52,7 +53,7 @@ async def serve(settings: GatewaySettings) -> int:
     app = _before_others(service, settings) if settings.upstreams else make_app(service, hosts_of(settings.host))
     if settings.beats is not None:
         Pulse(
-            settings.beats, lambda: Beat(service.state, service.finished, len(service.requests))
+            settings.beats, lambda: Beat(service.state, service.turns, len(service.requests))
         ).start()  # fmt: skip
     tasks = service.begin()
     servers = [
@@ -90,6 +91,8 @@ def _before_others(service: Service, settings: GatewaySettings) -> App:
 
 def main(settings: GatewaySettings) -> int:
     set_title("sputnik gateway")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file, and many allow 1,024
     return asyncio.run(serve(settings))
 
 

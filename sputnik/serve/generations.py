@@ -39,14 +39,14 @@ class Asked:
     one_call: bool = False
     salt: bytes = b""
     priority: int = 0
-    seconds: float | None = None
 
 
 class Job:
     """All answers to one request; several prompts are numbered through, n samples each."""
 
-    def __init__(self, link: Link, speech: Speech, asked: Sequence[Asked]) -> None:
-        self.asked = asked
+    def __init__(self, link: Link, speech: Speech, asked: Sequence[Asked], deadline: float | None = None) -> None:
+        """`deadline`: a time of the monotonic clock, after which nobody wants the rest."""
+        self.asked, self.deadline = asked, deadline
         self.arrived = time.monotonic()
         self.first: float | None = None
         """When the first token came."""
@@ -222,10 +222,11 @@ class Generation:
         return True
 
     def _run(self, places: set[int], sample: int | None, written: Sequence[int]) -> None:
-        asked, number = self._asked, self._link.number()
+        asked, number, deadline = self._asked, self._link.number(), self._job.deadline
+        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
         start = wire.Start(
             number, list(asked.prompt), asked.params, bool(asked.in_thought), asked.salt, asked.priority,
-            asked.seconds, sample, list(written),
+            seconds, sample, list(written),
         )  # fmt: skip
         self._runs[number] = places
         self._link.start(start, self)

@@ -19,7 +19,7 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.service import Service
 
 MAX_BODY = 1 << 20
-BODY_SECONDS = 15.0
+BODY_SECONDS = 12.0
 """That a body may take to arrive."""
 OPEN = frozenset({"/health", "/ready", "/version"})
 """Paths that say nothing about anybody, and ask for no key."""

@@ -19,7 +19,7 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.telling import Teller
 
 QUIET = 10.0
-SLOW = 15.0
+SLOW = 12.0
 
 
 class Reply(Response):

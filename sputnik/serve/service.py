@@ -32,6 +32,8 @@ from sputnik.text.tokenizer import Tokenizer
 TICK = 0.25
 """Seconds between looks at the deadlines of those who wait."""
 PROBE_SECONDS = 5.0
+GOODBYE = 2.0
+"""Seconds for telling those whose time is up."""
 PROBE_KEPT = 1.0
 """Seconds that a probe's result holds."""
 Name = tuple[str, str]
@@ -103,7 +105,8 @@ class Service:
         self._by_ticket: dict[Ticket, Open] = {}
         self._probed: tuple[float, bool] = (0.0, False)
         self._probing: asyncio.Task[bool] | None = None
-        self.finished = 0
+        self.turns = 0
+        """Of the loop: while they go on, it is alive."""
 
     def begin(self) -> list["asyncio.Task[None]"]:
         return [asyncio.create_task(self.engine.run()), asyncio.create_task(self._tick())]
@@ -125,7 +128,7 @@ class Service:
         prompt = sum(len(each.prompt) for each in asked)
         answer = sum(each.params.max_tokens * each.params.n for each in asked)
         samples = sum(each.params.n for each in asked)
-        job = Job(self.link, self.asking.speech, asked)
+        job = Job(self.link, self.asking.speech, asked, None if seconds is None else time.monotonic() + seconds)
         self.enter(name, ticket, job, prompt, answer, samples, seconds)
         return job
 
@@ -139,6 +142,7 @@ class Service:
         try:
             self.admission.enter(ticket, prompt, answer, samples, now, None if seconds is None else now + seconds)
         except Full as full:
+            self.admission.leave(ticket, now)  # at once: whoever is taken from the queue must have a request
             raise self._refusal(full) from None
         self.requests[name] = self._by_ticket[ticket] = Open(work, ticket, now)
         self.pump()
@@ -152,7 +156,6 @@ class Service:
         request.job.close()
         self.measures.ended(request.job.tally(), time.monotonic())
         self.admission.leave(request.ticket, time.monotonic(), request.job.produced)
-        self.finished += 1
         self.pump()
 
     def leave(self, ticket: Ticket) -> None:
@@ -204,9 +207,13 @@ class Service:
         end = time.monotonic() + seconds
         while (self.requests or self.admission.door) and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        for request in list(self.requests.values()):
+        late = list(self.requests.values())
+        for request in late:
             request.job.fail(Refusal(503, "the server is shutting down", code="shutting_down", retry_after=5))
-        return not self.requests
+        end = time.monotonic() + GOODBYE
+        while self.requests and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        return not late
 
     @property
     def state(self) -> Literal["loading", "ready", "draining"]:
@@ -236,6 +243,7 @@ class Service:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK)
+            self.turns += 1
             if not self.engine.up:
                 self.admission.slots = self.admission.spare = 0
             for ticket in self.admission.expire(time.monotonic()):

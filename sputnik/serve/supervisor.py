@@ -2,10 +2,12 @@
 
     code = Supervisor([worker, gateway], say).run()            # until SIGTERM or Ctrl-C, or it gives up
 
-SIGTERM and Ctrl-C drain: first the gateway, which lets nobody in and waits for whoever is, then the worker; a second
-Ctrl-C ends both at once. Exit code 0 when all has ended well, 1 when it gave up, 2 when settings or model are wrong.
+SIGTERM, Ctrl-C and the end of its terminal drain: first the gateway, which lets nobody in and waits for whoever is,
+then the worker. Ctrl-C after any of these ends both at once; a second SIGTERM changes nothing. Exit code 0 when all has
+ended well, 1 when it gave up, 2 when settings or model are wrong.
 """
 
+import contextlib
 import selectors
 import signal
 import socket
@@ -29,8 +31,13 @@ LOOK = 0.2
 class Child:
     """One process, and the one after it."""
 
-    def __init__(self, role: str, settings: WorkerSettings | GatewaySettings, say: Say, rules: Rules) -> None:
+    def __init__(
+        self, role: str, settings: WorkerSettings | GatewaySettings, say: Say, rules: Rules,
+        command: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        """`command`: what to run in place of our process of this role."""
         self.role, self._settings, self._say = role, settings, say
+        self._command = command or [sys.executable, "-m", f"sputnik.serve.{role}"]
         self.watch = Watch(rules)
         self.gave_up: int | None = None
         """The exit code after which it was not started again."""
@@ -41,16 +48,20 @@ class Child:
     def start(self, now: float) -> None:
         ours, theirs = socket.socketpair()
         settings = msgspec.structs.replace(self._settings, beats=theirs.fileno())
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", f"sputnik.serve.{self.role}"],
-                stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], process_group=0,
-            )  # fmt: skip
-        assert self.process.stdin is not None
-        with self.process.stdin as pipe:
-            pipe.write(msgspec.json.encode(settings))
         self._ear = Ear(ours)
         self.watch.started(now)
+        with theirs:
+            try:
+                self.process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], process_group=0
+                )
+            except OSError as error:  # no memory or no processes left just now
+                self._say(f"{self.role}: cannot be started ({error.strerror})")
+                self._ended(1, now, drains=False)
+                return
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:  # it died at once: `look` will see it
+            pipe.write(msgspec.json.encode(settings))
 
     def look(self, now: float, drains: bool = False) -> None:
         """Hear its beats, kill it if it is sick, start it again if it is dead and its time has come."""
@@ -84,17 +95,19 @@ class Child:
         self._hear(now)
         self._ear.close()
         self.process = self._ear = None
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         if drains:
-            self.gave_up = code
+            self.gave_up = 0 if code == -signal.SIGTERM else code  # one that was loading has nothing to finish
+            if self.gave_up:
+                self._say(f"{self.role}: did not end well ({how})")
             return
         delay = self.watch.ended(code, now)
         self.watch.ready = False
         if delay is None:
             self.gave_up = code
             if code != WRONG:
-                self._say(f"{self.role}: ended with {code} again and again before it was ready: given up")
+                self._say(f"{self.role}: {how} again and again before it was ready: given up")
             return
-        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         self._say(f"{self.role}: ended ({how}), started again in {delay:.1f} s")
         self._again = now + delay
 
@@ -109,7 +122,8 @@ class Child:
 
     @property
     def descriptor(self) -> int | None:
-        return None if self._ear is None else self._ear.fileno()
+        """To wait on for beats; None where none can come."""
+        return None if self._ear is None or self._ear.ended else self._ear.fileno()
 
 
 class Supervisor:
@@ -120,8 +134,9 @@ class Supervisor:
         self._told = False
 
     def run(self) -> int:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self._ask)
         try:
             while not self._asked:
                 now = time.monotonic()
@@ -139,7 +154,7 @@ class Supervisor:
                 child.kill()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked += 1
+        self._asked += number == signal.SIGINT or not self._asked
 
     def _given_up(self) -> int | None:
         codes = [child.gave_up for child in self._children if child.gave_up is not None]

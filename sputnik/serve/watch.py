@@ -5,7 +5,8 @@
     delay = watch.ended(code, now)                         # seconds until it is started again, None: give up
 
 A process that does not beat is stopped or dead; one that beats with requests under way and takes no step stands still
-in one. What comes up and dies is started again for ever, ever more slowly; what never comes up is given up.
+in one. A gateway takes steps with and without requests: its loop looks at the clock. What comes up and dies is started
+again for ever, ever more slowly; what never comes up is given up.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ class Rules:
     """The same before: imports and reading let nothing else run at times."""
     stall: float = 180.0
     """Seconds in one step."""
+    always: bool = False
+    """It takes steps without requests too."""
     failures: int = 5
     """Starts in a row that did not come up."""
     first: float = 0.1
@@ -31,6 +34,10 @@ class Rules:
     """Seconds before it is started again."""
     well: float = 60.0
     """Seconds after which earlier deaths are forgotten."""
+
+
+WORKER = Rules()
+GATEWAY = Rules(stall=30.0, always=True)
 
 
 class Watch:
@@ -46,7 +53,8 @@ class Watch:
         self.ready, self.last = False, None
 
     def heard(self, beat: Beat, now: float) -> None:
-        if self.last is None or not beat.busy or beat.steps != self.last.steps or beat.state != self.last.state:
+        idle = not beat.busy and not self.rules.always
+        if self.last is None or idle or beat.steps != self.last.steps or beat.state != self.last.state:
             self._moved = now
         self._heard, self.last = now, beat
         if beat.state == "ready":

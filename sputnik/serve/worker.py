@@ -100,13 +100,20 @@ class Socket(threading.Thread):
         super().__init__(name="socket", daemon=True)
         self._path, self._desk, self._hello, self._ready = path, desk, hello, ready
         self._channels: set[wire.Channel[wire.FromGateway]] = set()
+        self.error: OSError | None = None
+        """Why nobody can connect; the desk is told to end then."""
 
     def run(self) -> None:
-        asyncio.run(self._listen())
+        try:
+            asyncio.run(self._listen())
+        except OSError as error:
+            self.error = error
+            self._desk.drain(0)
 
     def finish(self) -> None:
         """Send what is queued, then end; from another thread."""
-        self._loop.call_soon_threadsafe(self._done.set)
+        if self.error is None:
+            self._loop.call_soon_threadsafe(self._done.set)
         self.join(5)
 
     async def _listen(self) -> None:
@@ -124,9 +131,11 @@ class Socket(threading.Thread):
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = wire.Channel[wire.FromGateway](reader, writer, wire.FromGateway)
         self._channels.add(channel)
-        channel.send(self._hello)
-        await _Connection(self._desk, channel, self._preparer).serve()
-        self._channels.discard(channel)
+        try:
+            channel.send(self._hello)
+            await _Connection(self._desk, channel, self._preparer).serve()
+        finally:
+            self._channels.discard(channel)
 
 
 def fingerprint(path: Path, settings: WorkerSettings) -> str:
@@ -154,7 +163,11 @@ def load(settings: WorkerSettings) -> tuple[LLM, wire.Hello]:
     return llm, hello
 
 
-def main(settings: WorkerSettings) -> int:
+Loader = Callable[[WorkerSettings], tuple[LLM, wire.Hello]]
+
+
+def main(settings: WorkerSettings, load: Loader = load) -> int:
+    """`load`: where the engine comes from; another one for tests of what is around it."""
     set_title("sputnik worker")
     desks = list[Desk]()
 
@@ -163,7 +176,7 @@ def main(settings: WorkerSettings) -> int:
             return Beat("loading")
         return Beat("draining" if desks[0].draining else "ready", desks[0].steps, desks[0].busy)
 
-    pulse = None if settings.beats is None else Pulse(settings.beats, life)
+    pulse = None if settings.beats is None else Pulse(settings.beats, life, settings.drain + 10)
     if pulse is not None:
         pulse.start()
     try:
@@ -183,6 +196,9 @@ def main(settings: WorkerSettings) -> int:
     socket.start()
     desk.run()
     socket.finish()
+    if socket.error is not None:
+        print(f"error: cannot listen on {settings.socket} ({socket.error}): set a shorter TMPDIR", file=sys.stderr)
+        return 2
     return 0
 
 

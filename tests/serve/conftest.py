@@ -21,6 +21,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.serving.paced_engine import make_model
 from sputnik.engine.llm import LLM
 from sputnik.model.checkpoint import save_model
 from sputnik.model.config import ModelConfig
@@ -54,10 +55,10 @@ KEY = "sk-test"
 class Server:
     """`sputnik serve` as a user starts it, and what it says."""
 
-    def __init__(self, model: Path, *flags: str) -> None:
+    def __init__(self, model: Path, *flags: str, program: tuple[str, ...] = ("sputnik", "serve")) -> None:
         self.port, self.operator_port = free_port(), free_port()
         self.url, self.key = f"http://127.0.0.1:{self.port}", KEY
-        command = [sys.executable, "-m", "sputnik", "serve", str(model), "--port", str(self.port)]
+        command = [sys.executable, "-m", *program, str(model), "--port", str(self.port)]
         self.process = subprocess.Popen(
             [*command, "--operator-port", str(self.operator_port), *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
@@ -144,6 +145,28 @@ def start_server(checkpoint: Path) -> Iterator[Callable[..., Server]]:
 def server(start_server: Callable[..., Server]) -> Server:
     server = start_server("--slots", "8", "--per-key", "40")
     server.wait("stop     Ctrl-C")
+    return server
+
+
+@pytest.fixture(scope="session")
+def start_paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """The same over an engine of fixed speed (benchmarks/serving/paced.py)."""
+    model, started = make_model(tmp_path_factory.mktemp("model") / "paced"), list[Server]()
+
+    def start(*flags: str) -> Server:
+        started.append(Server(model, *flags, program=("benchmarks.serving.paced",)))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+@pytest.fixture(scope="session")
+def paced(start_paced: Callable[..., Server]) -> Server:
+    """20 tokens a second in each of 8 slots."""
+    server = start_paced("--steps", "20", "--slots", "8", "--queue", "16", "--max-wait", "20")
+    server.wait("serving")
     return server
 
 

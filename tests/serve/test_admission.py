@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -10,7 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sputnik.serve.admission import Admission, Full, Limits, Ticket
+from sputnik.serve.asking import Asking
 from sputnik.serve.identity import Identity
+from sputnik.serve.measures import Tally
+from sputnik.serve.refusals import Refusal
+from sputnik.serve.service import Service
+from sputnik.serve.settings import GatewaySettings
 
 ALICE, BOB = Identity("alice"), Identity("bob")
 
@@ -231,3 +236,36 @@ def test_who_would_wait_too_long_is_told_so_at_the_door() -> None:
     with pytest.raises(Full, match="deadline"):
         ask(queue, BOB, now=10, deadline=10.5)
     assert queue.waiting == 1
+
+
+def test_who_is_refused_for_its_deadline_is_not_started_by_the_next_end() -> None:
+    """Between its refusal and the last byte of that, others end and the queue moves on."""
+    service = Service(GatewaySettings("socket", "127.0.0.1", 1, 2, "m", None))
+    service.asking = cast(Asking, "there")
+    service.admission.slots, service.admission.rate = 1, 10.0
+
+    class Nothing:
+        produced = 0
+        started = False
+
+        def start(self) -> None:
+            self.started = True
+
+        def close(self) -> None: ...
+
+        def tally(self) -> Tally:
+            return Tally(0.0, None, 1, 0, 0, 0, ("stop",))
+
+    works = [Nothing() for _ in range(3)]
+
+    def enter(place: int, seconds: float | None) -> None:
+        service.enter(("a", str(place)), service.knock(ALICE, 4), cast(Any, works[place]), 1, 100, 1, seconds)
+
+    enter(0, None)
+    with pytest.raises(Refusal, match="beyond its deadline"):
+        enter(1, 0.5)
+    enter(2, None)
+    service.close(("a", "0"))
+    assert (works[1].started, works[2].started) == (False, True)
+    service.close(("a", "2"))
+    assert (service.admission.waiting, service.admission.running, service.admission.door) == (0, 0, 0)

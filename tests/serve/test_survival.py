@@ -1,8 +1,10 @@
 """What dies is replaced and what was being said goes on: real processes, real signals."""
 
+import asyncio
 import json
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
+from benchmarks.serving.load import Answer, Ask, send
+from benchmarks.serving.paced import answer
+
+KEY = "sk-test"
 LONG: Any = {
     "model": "babbler", "messages": [{"role": "user", "content": "What is 1 + 2?"}], "stream": True, "max_tokens": 600,
     "temperature": 1.0, "logit_bias": {"1": -100},
@@ -101,22 +108,40 @@ def test_a_request_over_which_engines_die_ends_with_an_error(server: Any) -> Non
     assert answers[0].usage.completion_tokens > 8, "it was tried again"
 
 
-def test_sigterm_lets_answers_finish_and_lets_nobody_in(start_server: Callable[..., Any]) -> None:
-    server = start_server("--slots", "4", "--drain", "200")
-    server.wait("stop     Ctrl-C")
-    stream = server.client.chat.completions.create(**LONG | {"seed": 0, "max_tokens": 1900})
-    first = next(stream)
-    server.process.send_signal(signal.SIGTERM)
-    server.wait("draining")
-    end = time.monotonic() + 20
-    while ready(server):
-        assert time.monotonic() < end
-    with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
-        server.client.chat.completions.create(**LONG)
-    assert int(refused.value.response.headers["retry-after"]) > 0
-    *_, details = text([first, *stream])
-    assert details["type"].startswith("length")
+def test_sigterm_twice_lets_answers_finish_and_lets_nobody_in(start_paced: Callable[..., Any]) -> None:
+    """Eight run and four wait when it comes; not one is cut short."""
+    server = start_paced("--steps", "20", "--slots", "8", "--drain", "100")
+    server.wait("serving")
+    asks = [Ask(server.port, KEY, tokens=60, seed=seed) for seed in range(12)]
+    late: list[Answer] = []
+
+    async def run() -> list[Answer]:
+        running = asyncio.gather(*map(send, asks))
+        while (found := server.engine())["num_requests_waiting"] < 2 or not found["engine_runs"]:
+            await asyncio.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        while not late or late[-1].status == 200:  # the signal goes by way of the supervisor
+            late.append(await send(Ask(server.port, KEY, tokens=1)))
+        server.process.send_signal(signal.SIGTERM)
+        return await running
+
+    answers = asyncio.run(run())
+    assert [each.text for each in answers] == [answer(seed, 60) for seed in range(12)]
+    assert all(each.done and each.finish == "length" for each in answers)
+    assert (late[-1].status, late[-1].error["code"]) == (503, "shutting_down")
+    assert int(late[-1].headers["retry-after"]) > 0
     assert server.end() == 0, "".join(server.said)
+
+
+def test_children_end_by_themselves_when_the_supervisor_is_killed(start_paced: Callable[..., Any]) -> None:
+    server = start_paced("--drain", "1")
+    server.wait("serving")
+    children = [server.child(role) for role in ("worker", "gateway")]
+    server.process.kill()
+    gone, alive = psutil.wait_procs(children, 30)
+    assert not alive and len(gone) == 2
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", server.port))
 
 
 @pytest.mark.slow

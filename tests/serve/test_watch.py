@@ -3,7 +3,7 @@
 import pytest
 
 from sputnik.serve.beats import Beat
-from sputnik.serve.watch import WRONG, Rules, Watch
+from sputnik.serve.watch import GATEWAY, WRONG, Rules, Watch
 
 RULES = Rules(silence=8, loading=60, stall=100, failures=3, first=0.1, slowest=5, well=30)
 
@@ -42,6 +42,17 @@ def test_a_busy_process_that_takes_no_step_stands_still() -> None:
     assert watch.sick(150) is None
     watch.heard(Beat("ready", steps=8, busy=0), 400)
     assert watch.sick(400) is None, "who has nothing to do takes no steps"
+
+
+def test_a_gateway_lives_while_its_loop_turns_however_long_an_answer_is() -> None:
+    watch = Watch(GATEWAY)
+    watch.started(0)
+    for second in range(600):
+        watch.heard(Beat("ready", steps=second * 4, busy=1), second)
+        assert watch.sick(second) is None
+    for second in range(600, 640):
+        watch.heard(Beat("ready", steps=2400, busy=0), second)
+    assert "no step" in (watch.sick(640) or ""), "its loop stands still, though a thread of it beats"
 
 
 def test_what_was_ready_is_started_again_for_ever_and_ever_more_slowly() -> None:

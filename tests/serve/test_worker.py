@@ -152,6 +152,13 @@ def test_beats_count_steps_and_sigterm_finishes_what_runs(start_worker: Callable
     assert {beat.state for beat in worker.beats} >= {"loading", "ready"}
 
 
+def test_a_socket_that_cannot_be_is_one_line_and_exit_code_2(start_worker: Callable[..., Any], tmp_path: Path) -> None:
+    """A path may have 107 bytes; a worker that nobody can reach must not seem to load for ever."""
+    worker = start_worker(socket=str(tmp_path / ("long" * 30)))
+    errors = worker.end()
+    assert worker.process.returncode == 2 and errors.startswith("error: cannot listen") and errors.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_worker_without_a_supervisor_ends_itself(start_worker: Callable[..., Any]) -> None:
     worker = start_worker()
