@@ -130,6 +130,19 @@ def cpu_name() -> str:
     return f"{fields.get('model name', platform.machine())} ({numbers})"
 
 
+@lru_cache
+def multiplies_bf16() -> bool:
+    """Whether bf16 products are faster than fp32 ones here, told by what the CPU is and not by the clock, so that a
+    resumed run computes the same bits: with AMX, with AMD's AVX512_BF16, and wherever we do not know better."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    if "amx_bf16" in text or "flags" not in text:
+        return True
+    return "AuthenticAMD" in text and "avx512_bf16" in text
+
+
 def total_memory() -> int:
     """Bytes of main memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -14,13 +14,14 @@ Left out: E5M6 for what the attention output is multiplied with, FP8 copies of S
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sputnik.model.attention import Pass
 from sputnik.model.fp8 import BLOCK, LARGEST
 from sputnik.model.mla import MLA
 from sputnik.model.moe import MLP, Experts
+from sputnik.model.precision import Linear
 from sputnik.model.transformer import Transformer
 
 TILE = (1, 128)
@@ -29,7 +30,7 @@ TILE = (1, 128)
 def emulate(model: Transformer) -> Transformer:
     """Turn the products of all decoder layers, the prediction modules' too, into FP8 ones; returns the same model.
     Parameters stay the same objects under the same names."""
-    twins: dict[type, type] = {nn.Linear: _Linear, MLP: _MLP, Experts: _Experts, MLA: _MLA}
+    twins: dict[type, type] = {Linear: _Linear, MLP: _MLP, Experts: _Experts, MLA: _MLA}
     for layer in [*model.model.layers, *(module.block for module in model.mtp)]:
         for module in layer.modules():
             if type(module) in twins:
@@ -76,7 +77,7 @@ class _Product(torch.autograd.Function):
         return grad_x, grad_weight
 
 
-class _Linear(nn.Linear):
+class _Linear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         out = product(x, self.weight)
         return out if self.bias is None else out + self.bias

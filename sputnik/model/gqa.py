@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from sputnik.model.attention import Pass, attend
 from sputnik.model.config import ModelConfig
 from sputnik.model.kernels import fused
+from sputnik.model.precision import Linear
 from sputnik.model.rope import rotate_halves, softmax_scale
 
 
@@ -18,10 +19,10 @@ class GQA(nn.Module):
         self.layer, self.heads, self.key_heads = layer, config.num_attention_heads, config.num_key_value_heads
         width, hidden = config.gqa_head_dim, config.hidden_size
         bias = config.attention_bias or config.model_type == "qwen2"
-        self.q_proj = nn.Linear(hidden, self.heads * width, bias=bias)
-        self.k_proj = nn.Linear(hidden, self.key_heads * width, bias=bias)
-        self.v_proj = nn.Linear(hidden, self.key_heads * width, bias=bias)
-        self.o_proj = nn.Linear(self.heads * width, hidden, bias=config.attention_bias)
+        self.q_proj = Linear(hidden, self.heads * width, bias=bias)
+        self.k_proj = Linear(hidden, self.key_heads * width, bias=bias)
+        self.v_proj = Linear(hidden, self.key_heads * width, bias=bias)
+        self.o_proj = Linear(self.heads * width, hidden, bias=config.attention_bias)
         self.scale = softmax_scale(config)
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:

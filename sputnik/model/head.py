@@ -41,19 +41,23 @@ class _HeadLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        narrow = fused.narrows(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             head = weight.to(dtype)
             for start in range(0, len(targets), chunk):
                 part, target = hidden[start : start + chunk].to(dtype), targets[start : start + chunk]
-                error = F.linear(part, head).float()
+                error = (fused.product(part, False, head, True) if narrow else F.linear(part, head)).float()
                 total += loss_error_(error, target)
                 if grad_hidden is None and grad_weight is None:
                     continue
                 error = error.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = error @ head
+                    by_hidden = fused.product(error, False, head, False) if narrow else error @ head
+                    grad_hidden[start : start + chunk] = by_hidden
                 if grad_weight is not None and dtype == torch.float32:
                     grad_weight.addmm_(error.t(), part)
+                elif grad_weight is not None and narrow:
+                    grad_weight += fused.product(error, True, part, False, narrow=False)
                 elif grad_weight is not None:
                     grad_weight += error.t() @ part
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sputnik.model.attention import Pass, attend
 from sputnik.model.config import ModelConfig
 from sputnik.model.kernels import fused
-from sputnik.model.precision import RMSNorm
+from sputnik.model.precision import Linear, RMSNorm, linear
 from sputnik.model.rope import rotate_interleaved, rotate_tail_, softmax_scale
 
 
@@ -29,15 +28,15 @@ class MLA(nn.Module):
         query_width = self.heads * (self.nope + self.rope)
         self.compressed_queries = config.q_lora_rank is not None
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden, query_width, bias=False)
+            self.q_proj = Linear(hidden, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=False)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rope, bias=False)
         self.kv_a_layernorm = RMSNorm(self.latent, config.rms_norm_eps)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(self.heads * self.value, hidden, bias=False)
 
     def forward(self, x: Tensor, now: Pass) -> Tensor:
         """x (B, T, D) in the compute type -> (B, T, D)."""
@@ -84,8 +83,8 @@ class MLA(nn.Module):
 
     def raised(self, latent_btc: Tensor, now: Pass) -> Tensor:
         """Unrotated keys and values of all heads, (B, T, H, N + V)."""
-        weight = self.kv_b_proj.weight.to(now.dtype)  # fp32 in a `lowered` copy, for `absorbed`
-        return F.linear(latent_btc.to(now.dtype), weight).unflatten(-1, (self.heads, -1))
+        # The weight is fp32 in a `lowered` copy, for `absorbed`.
+        return linear(latent_btc.to(now.dtype), self.kv_b_proj.weight).unflatten(-1, (self.heads, -1))
 
     def expanded(self, q_bthq: Tensor, latent_btc: Tensor, key_btr: Tensor, now: Pass) -> Tensor:
         """Causal attention over the pass's own tokens -> (B, T, H*V)."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sputnik.model.config import ModelConfig
 from sputnik.model.kernels import fused
-from sputnik.model.precision import compute_dtype, linear_fp32
+from sputnik.model.precision import Linear, compute_dtype, linear_fp32
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width, bias=False)
+        self.up_proj = Linear(hidden, width, bias=False)
+        self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if fused.usable(x):
-            gate, up, down = (each.weight.to(x.dtype) for each in (self.gate_proj, self.up_proj, self.down_proj))
+            gate, up, down = (each.weight for each in (self.gate_proj, self.up_proj, self.down_proj))
+            if not fused.narrows(x):
+                gate, up, down = gate.to(x.dtype), up.to(x.dtype), down.to(x.dtype)
             return fused.mlp(x.flatten(0, -2), gate, up, down).view_as(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -102,9 +104,9 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """sum over the K chosen of weight * expert(x): x (N, D), weights and chosen (N, K) -> (N, D)."""
+        if fused.usable(x) and (x.dtype == torch.float32 or fused.narrows(x)):
+            return fused.experts(x, weights, chosen, self.gate_up_proj.float(), self.down_proj.float())
         gate_up, down = self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype)
-        if x.dtype == torch.float32 and fused.usable(x):
-            return fused.experts(x, weights, chosen, gate_up, down)
         out: Tensor = _GroupedExperts.apply(x, weights.to(x.dtype), chosen, gate_up, down)  # type: ignore[no-untyped-call]
         return out
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sputnik.model.attention import Pass
 from sputnik.model.config import ModelConfig
 from sputnik.model.moe import Route
-from sputnik.model.precision import RMSNorm
+from sputnik.model.precision import Linear, RMSNorm
 
 
 class MTPModule(nn.Module):
@@ -17,7 +17,7 @@ class MTPModule(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps)
         self.hnorm = RMSNorm(hidden, eps)
-        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+        self.eh_proj = Linear(2 * hidden, hidden, bias=False)
         self.block = block
         self.norm = RMSNorm(hidden, eps)
 

@@ -2,7 +2,8 @@
 
 The residual stream, norms, router, attention core and softmax stay in fp32; matrix products run in the compute type:
 bfloat16 under `torch.autocast`, else the type of the layer's own weights. `Transformer.lowered` makes a copy whose
-matrix weights already are bfloat16: it computes the numbers of autocast without its casts.
+matrix weights already are bfloat16: it computes the numbers of autocast without its casts. On CPUs whose fp32 units are
+the faster ones, autocast's products of bf16 values are computed by those (`kernels/fused.py`).
 """
 
 from typing import Any
@@ -17,6 +18,20 @@ from sputnik.model.kernels import fused
 def compute_dtype(weight: Tensor) -> torch.dtype:
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T in the compute type."""
+    if fused.narrows(x):
+        return fused.linear(x, weight)
+    return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+
+
+class Linear(nn.Linear):
+    """A linear layer in the compute type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (fused.linear if fused.narrows(x) else F.linear)(x, self.weight, self.bias)
 
 
 def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:

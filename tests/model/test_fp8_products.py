@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sputnik.model.fp8 import dequantise, quantise
 from sputnik.model.fp8_products import TILE, emulate, product, rounded
+from sputnik.model.precision import Linear
 from sputnik.model.transformer import Transformer
 
 Build = Callable[..., Transformer]
@@ -114,7 +115,7 @@ def test_rounding_changes_loss_and_gradients_a_little(build: Build, family: str)
 
 def test_what_the_report_keeps_in_higher_precision_is_untouched(build: Build) -> None:
     model = emulate(build("deepseek", num_nextn_predict_layers=1))
-    kept = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    kept = {name for name, module in model.named_modules() if type(module) in (nn.Linear, Linear)}
     assert kept == {"lm_head", "mtp.0.eh_proj"}
     plain = build("deepseek", num_nextn_predict_layers=1)
     hidden = torch.randn(6, 48)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sputnik.model.head import IGNORE, loss_error_
+from sputnik.model.head import IGNORE, head_loss, loss_error_
 from sputnik.model.kernels import fused, load
 from sputnik.model.moe import Experts, loop_experts
 from sputnik.model.rope import rotate_halves, rotate_interleaved
@@ -159,6 +159,73 @@ def test_experts_equal_the_loop(rows: int) -> None:
     inputs = [x, weights, experts.gate_up_proj, experts.down_proj]
     ours = fused.experts(x, weights, chosen, experts.gate_up_proj, experts.down_proj)
     require_equal(ours, loop_experts(experts, x, weights, chosen), inputs, 1e-4)
+
+
+# --- products under bf16 autocast on CPUs that multiply fp32 faster ---
+
+
+@pytest.fixture
+def slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "multiplies_bf16", lambda: False)
+
+
+@pytest.mark.parametrize(("left", "right"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_products_are_exact_products_of_rounded_values(left: bool, right: bool, dtype: torch.dtype) -> None:
+    a, b = torch.randn(70, 33).to(dtype), torch.randn(33, 45).to(dtype)
+    exact = a.bfloat16().double() @ b.bfloat16().double()
+    a, b = a.t().contiguous() if left else a, b.t().contiguous() if right else b
+    wide, narrow = (fused.product(a, left, b, right, narrow=narrow) for narrow in (False, True))
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(wide.double(), exact, atol=1e-5, rtol=1e-5)
+    assert torch.equal(narrow, wide.bfloat16())
+
+
+def test_a_narrow_product_keeps_nan_and_refuses_what_does_not_fit() -> None:
+    a = torch.full((2, 3), torch.nan)
+    assert fused.product(a, False, torch.ones(3, 1), False).isnan().all()
+    assert not fused.product(torch.ones(2, 0), False, torch.ones(0, 3), False).any()
+    with pytest.raises(RuntimeError, match="do not fit"):
+        fused.product(a, True, torch.ones(3, 1), False)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 700])
+def test_narrow_experts_are_the_loop_over_rounded_ones(rows: int) -> None:
+    experts = Experts(6, 20, 12)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        parameter.data = parameter.data.bfloat16().float()
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(rows)])
+    x, weights = random(rows, 20, dtype=torch.bfloat16), random(rows, 2)
+    inputs = [x, weights, experts.gate_up_proj, experts.down_proj]
+    ours = fused.experts(x, weights, chosen, experts.gate_up_proj, experts.down_proj)
+    twin = loop_experts(experts, x.float(), weights, chosen)
+    assert ours.dtype == torch.bfloat16
+    assert float((ours - twin).detach().norm()) < 0.005 * float(twin.detach().norm())
+    for got, expected in zip(gradients(ours, inputs), gradients(twin, inputs), strict=True):
+        assert float((got - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.usefixtures("slow_bf16")
+@pytest.mark.parametrize(("family", "changes"), [("deepseek", {}), ("dense", {}), ("dense", {"model_type": "qwen2"})])
+def test_autocast_by_fp32_units_is_as_near_to_fp32_as_torch_s(
+    family: str, changes: dict[str, str], build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All three differ by rounding alone: ours is no further from fp32 than torch's bf16 products are."""
+    model, ids = build(family, **changes), torch.randint(101, (2, 33))
+
+    def found() -> Tensor:
+        loss = head_loss(model.trunk(ids).hidden.flatten(0, 1), model.lm_head.weight, ids.flatten())
+        used = [p for p in model.parameters() if p.requires_grad]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, used, allow_unused=True) if g is not None])
+
+    exact = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = found()
+        monkeypatch.setattr(fused, "multiplies_bf16", lambda: True)
+        theirs = found()
+    distance, bound = (ours - exact).norm(), (theirs - exact).norm()
+    assert 0 < distance < 1.1 * bound
 
 
 def test_loss_and_its_gradient_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,20 @@ void by_type(const at::Tensor& t, const F& f) {
 
 inline void save(float* to, __mmask16 mask, __m512 v) { _mm512_mask_storeu_ps(to, mask, v); }
 
-inline void save(bf16* to, __mmask16 mask, __m512 v) {  // to nearest even; NaN stays NaN
+inline __m512i upper_half(__m512 v) {  // bits of the nearest bf16, ties to even; NaN stays NaN
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(rounded));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+}
+
+inline void save(bf16* to, __mmask16 mask, __m512 v) { _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(upper_half(v))); }
+
+// fp32 with the values of bf16.
+template <class T>
+void narrow(const T* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 16)
+    save(to + i, lanes(n - i), _mm512_castsi512_ps(_mm512_slli_epi32(upper_half(load(from + i, lanes(n - i))), 16)));
 }
 
 template <class T>

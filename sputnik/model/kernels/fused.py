@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sputnik.hardware import multiplies_bf16
 from sputnik.model import kernels
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -20,6 +21,16 @@ TYPES = (torch.float32, torch.bfloat16)
 
 def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in TYPES and kernels.load()
+
+
+def narrows(x: Tensor) -> bool:
+    """Whether products with x are of bf16 values, under autocast or because x is bf16, and to be taken here: by a CPU's
+    fp32 units, where those are faster."""
+    if x.device.type != "cpu" or multiplies_bf16():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and kernels.load()
+    return x.dtype == torch.bfloat16 and kernels.load()
 
 
 def batch_segments(batch: int, tokens: int) -> Tensor:
@@ -111,9 +122,39 @@ class _Norm(torch.autograd.Function):
         return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., I) @ weight (O, I).T + bias -> bf16 (..., O): of bf16 values, sums in fp32. Where `narrows` says so."""
+    out: Tensor = _Linear.apply(x.flatten(0, -2), weight, bias)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], -1)
+
+
+def product(a: Tensor, transpose_a: bool, b: Tensor, transpose_b: bool, narrow: bool = True) -> Tensor:
+    """op(a) op(b) of the operands' values rounded to bf16, summed in fp32; rounded to bf16 if `narrow`."""
+    return torch.ops.sputnik.narrow_product(a.contiguous(), transpose_a, b.contiguous(), transpose_b, narrow)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.bfloat16()
+        ctx.save_for_backward(x, weight)
+        if bias is None:
+            return product(x, False, weight, True)
+        return product(x, False, weight, True, narrow=False).add_(bias.bfloat16()).bfloat16()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (wants_x, wants_weight, wants_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        by_x = product(grad, False, weight, False) if wants_x else None
+        by_weight = product(grad, True, x, False, narrow=False) if wants_weight else None
+        return by_x, by_weight, grad.sum(0, dtype=torch.float32) if wants_bias else None
+
+
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) * up x) for x (N, D), all of one type."""
-    out: Tensor = _MLP.apply(x, gate, up, down)  # type: ignore[no-untyped-call]
+    """down(silu(gate x) * up x) for x (N, D), all of one type; where `narrows` says so, x is bf16 and the rest fp32."""
+    kind = _NarrowMLP if narrows(x) else _MLP
+    out: Tensor = kind.apply(x, gate, up, down)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -135,8 +176,27 @@ class _MLP(torch.autograd.Function):
         return grad_x, grad_gate.t() @ x, grad_up.t() @ x, grad.t() @ act
 
 
+class _NarrowMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        gate_ni, up_ni = product(x, False, gate, True), product(x, False, up, True)
+        ctx.save_for_backward(x, gate, up, down, gate_ni, up_ni)
+        return product(torch.ops.sputnik.swiglu_forward(gate_ni, up_ni), False, down, True)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, gate, up, down, gate_ni, up_ni = ctx.saved_tensors
+        by_act = product(grad, False, down, False)
+        act, grad_gate, grad_up = torch.ops.sputnik.swiglu_backward(by_act, gate_ni, up_ni)
+        by_x = product(grad_gate, False, gate, False, narrow=False) + product(grad_up, False, up, False, narrow=False)
+        by_gate, by_up = (product(each, True, x, False, narrow=False) for each in (grad_gate, grad_up))
+        return by_x.to(x.dtype), by_gate, by_up, product(grad, True, act, False, narrow=False)
+
+
 def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """sum over the K chosen of weight * expert(x): x (N, D), weights and chosen (N, K), all fp32."""
+    """sum over the K chosen of weight * expert(x): x (N, D), weights and chosen (N, K). All fp32, or x alone bf16: then
+    all that is multiplied is rounded to bf16, sums are fp32."""
     out: Tensor = _Experts.apply(x, weights, chosen, gate_up, down)  # type: ignore[no-untyped-call]
     return out
 

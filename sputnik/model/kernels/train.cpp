@@ -95,8 +95,8 @@ inline __m512 sigmoid(__m512 x) {
   return _mm512_div_ps(one, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-template <class T>
-void silu_times(const T* gate, const T* up, int64_t n, T* out) {
+template <class T, class Out>
+void silu_times(const T* gate, const T* up, int64_t n, Out* out) {
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = lanes(n - i);
     const __m512 g = load(gate + i, mask);
@@ -157,6 +157,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_backward(const at::Tensor&
   return {act, grad_gate, grad_up};
 }
 
+// --- products of bf16 values with sums in fp32, for CPUs that multiply fp32 faster ------------------------------------
+
+const float* narrowed(const at::Tensor& t, Scratch& scratch) {
+  float* to = scratch.take(t.numel());
+  const int64_t n = t.size(1);
+  by_type(t, [&](auto zero) {
+    const auto* from = dense<decltype(zero)>(t);
+    row_tasks(t.size(0), [&](int64_t, int64_t first, int64_t last) { narrow(from + first * n, (last - first) * n, to + first * n); });
+  });
+  return to;
+}
+
+// op(a) op(b) of matrices in fp32 or bf16, all values rounded to bf16 first; the result is fp32, or rounded too.
+at::Tensor narrow_product(const at::Tensor& a, bool ta, const at::Tensor& b, bool tb, bool narrow) {
+  const int64_t m = a.size(ta), k = a.size(!ta), n = b.size(!tb);
+  TORCH_CHECK(b.size(tb) == k, "narrow_product: ", a.sizes(), " and ", b.sizes(), " do not fit");
+  at::Tensor out = at::empty({m, n}, a.options().dtype(narrow ? at::kBFloat16 : at::kFloat));
+  if (m == 0 || n == 0 || k == 0) return out.zero_();
+  Scratch scratch;
+  const float *pa = narrowed(a, scratch), *pb = narrowed(b, scratch);
+  float* sum = narrow ? scratch.take(m * n) : target(out);
+  gemm(ta, tb, m, n, k, pa, a.size(1), pb, b.size(1), 0, sum, n);
+  if (narrow)
+    row_tasks(m, [&](int64_t, int64_t first, int64_t last) { write(sum + first * n, (last - first) * n, 1, dense<bf16>(out) + first * n); });
+  return out;
+}
+
 // --- experts ---------------------------------------------------------------------------------------------------------
 
 // chosen (N, K) -> order (N * K): the choices sorted by expert; slot (N, K): where each went; ends (E).
@@ -179,12 +206,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_order(const at::Tensor& ch
   return {order, slot, ends};
 }
 
-void gather(const float* rows, const int64_t* order, int64_t count, int64_t picks, int64_t width, float* to) {
+template <class T>
+void gather(const T* rows, const int64_t* order, int64_t count, int64_t picks, int64_t width, float* to) {
   for (int64_t i = 0; i < count; ++i) read(rows + order[i] / picks * width, width, 1, to + i * width);
 }
 
 // out[n] = sum_k factor[n, k] rows[slot[n, k]], factors 1 where there are none.
-void sum_slots(const float* rows, const at::Tensor& slot, const float* factor, int64_t width, float* out) {
+template <class T>
+void sum_slots(const float* rows, const at::Tensor& slot, const float* factor, int64_t width, T* out) {
   const int64_t picks = slot.size(1), *s = slot.data_ptr<int64_t>();
   row_tasks(slot.size(0), [&](int64_t, int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n)
@@ -200,39 +229,71 @@ void sum_slots(const float* rows, const at::Tensor& slot, const float* factor, i
 
 constexpr int64_t BLOCK = 256;  // rows of one expert whose values stay in the L2 cache
 
-// -> (sum of the chosen experts (N, D), gate and up of every choice (N * K, 2 I), sorted)
-std::tuple<at::Tensor, at::Tensor> experts_forward(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& order, const at::Tensor& slot,
-                                                   const at::Tensor& ends, const at::Tensor& gate_up, const at::Tensor& down) {
-  const int64_t width = x.size(1), inner_width = down.size(2), picks = slot.size(1), *e = ends.data_ptr<int64_t>(), *o = order.data_ptr<int64_t>();
-  at::Tensor inner = at::empty({order.numel(), 2 * inner_width}, x.options()), rows = at::empty({order.numel(), width}, x.options());
+// fp32 as they are; with bf16 activations all that is multiplied has the values of bf16.
+inline const float* read_or_keep(const float* from, int64_t, float*) { return from; }
+
+inline const float* read_or_keep(const bf16* from, int64_t n, float* scratch) {
+  read(from, n, 1, scratch);
+  return scratch;
+}
+
+template <class T>
+const float* factors(const float* from, int64_t n, float* scratch) {
+  if constexpr (std::is_same_v<T, float>) return from;
+  narrow(from, n, scratch);
+  return scratch;
+}
+
+// x (N, D) in fp32 or bf16, all else fp32 -> (sum of the chosen experts (N, D), gate and up of every choice (N * K, 2 I), sorted)
+template <class T>
+std::tuple<at::Tensor, at::Tensor> experts_forward_of(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& order, const at::Tensor& slot,
+                                                      const at::Tensor& ends, const at::Tensor& gate_up, const at::Tensor& down) {
+  constexpr bool narrow_ = !std::is_same_v<T, float>;
+  const int64_t width = x.size(1), wide = down.size(2), picks = slot.size(1), *e = ends.data_ptr<int64_t>(), *o = order.data_ptr<int64_t>();
+  const int64_t matrix = width * wide;
+  at::Tensor inner = at::empty({order.numel(), 2 * wide}, x.options()), rows = at::empty({order.numel(), width}, weights.options());
   at::Tensor out = at::empty_like(x);
-  const float *px = dense<float>(x), *pg = floats(gate_up), *pd = floats(down);
-  float *pi = target(inner), *pr = target(rows);
+  const T* px = dense<T>(x);
+  const float *pg = floats(gate_up), *pd = floats(down);
+  T* pi = dense<T>(inner);
+  float* pr = target(rows);
   tasks(ends.numel(), [&](int64_t expert) {
+    const int64_t begin = expert ? e[expert - 1] : 0;
+    if (begin == e[expert]) return;
     Scratch scratch;
-    float *in = scratch.take(BLOCK * width), *act = scratch.take(BLOCK * inner_width);
-    for (int64_t first = expert ? e[expert - 1] : 0; first < e[expert]; first += BLOCK) {
+    float *in = scratch.take(BLOCK * width), *act = scratch.take(BLOCK * wide), *sums = narrow_ ? scratch.take(BLOCK * 2 * wide) : nullptr;
+    const float* by_in = factors<T>(pg + expert * 2 * matrix, 2 * matrix, narrow_ ? scratch.take(2 * matrix) : nullptr);
+    const float* by_act = factors<T>(pd + expert * matrix, matrix, narrow_ ? scratch.take(matrix) : nullptr);
+    for (int64_t first = begin; first < e[expert]; first += BLOCK) {
       const int64_t count = std::min(BLOCK, e[expert] - first);
-      float* both = pi + first * 2 * inner_width;
+      T* both = pi + first * 2 * wide;
       gather(px, o + first, count, picks, width, in);
-      gemm(false, true, count, 2 * inner_width, width, in, width, pg + expert * 2 * inner_width * width, width, 0, both, 2 * inner_width);
-      for (int64_t i = 0; i < count; ++i)
-        silu_times(both + i * 2 * inner_width, both + (2 * i + 1) * inner_width, inner_width, act + i * inner_width);
-      gemm(false, true, count, width, inner_width, act, inner_width, pd + expert * width * inner_width, inner_width, 0, pr + first * width, width);
+      if constexpr (narrow_) {
+        gemm(false, true, count, 2 * wide, width, in, width, by_in, width, 0, sums, 2 * wide);
+        write(sums, count * 2 * wide, 1, both);
+      } else {
+        gemm(false, true, count, 2 * wide, width, in, width, by_in, width, 0, both, 2 * wide);
+      }
+      for (int64_t i = 0; i < count; ++i) silu_times(both + i * 2 * wide, both + (2 * i + 1) * wide, wide, act + i * wide);
+      gemm(false, true, count, width, wide, factors<T>(act, count * wide, act), wide, by_act, wide, 0, pr + first * width, width);
     }
   });
-  sum_slots(pr, slot, floats(weights), width, target(out));
+  sum_slots(pr, slot, floats(weights), width, dense<T>(out));
   return {out, inner};
 }
 
 // -> gradients by x, weights, gate_up and down
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weights,
-                                                                            const at::Tensor& order, const at::Tensor& slot, const at::Tensor& ends,
-                                                                            const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& inner) {
+template <class T>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_backward_of(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weights,
+                                                                               const at::Tensor& order, const at::Tensor& slot,
+                                                                               const at::Tensor& ends, const at::Tensor& gate_up,
+                                                                               const at::Tensor& down, const at::Tensor& inner) {
+  constexpr bool narrow_ = !std::is_same_v<T, float>;
   const int64_t width = x.size(1), wide = down.size(2), picks = slot.size(1), *e = ends.data_ptr<int64_t>(), *o = order.data_ptr<int64_t>();
-  at::Tensor grad_x = at::empty_like(x), grad_weights = at::empty_like(weights), rows = at::empty({order.numel(), width}, x.options());
+  at::Tensor grad_x = at::empty_like(x), grad_weights = at::empty_like(weights), rows = at::empty({order.numel(), width}, weights.options());
   at::Tensor grad_gate_up = at::empty_like(gate_up), grad_down = at::empty_like(down);
-  const float *pg = dense<float>(grad), *px = dense<float>(x), *pw = floats(weights), *pu = floats(gate_up), *pd = floats(down), *pi = floats(inner);
+  const T *pg = dense<T>(grad), *px = dense<T>(x), *pi = dense<T>(inner);
+  const float *pw = floats(weights), *pu = floats(gate_up), *pd = floats(down);
   float *pr = target(rows), *gw = target(grad_weights), *gu = target(grad_gate_up), *gd = target(grad_down);
   tasks(ends.numel(), [&](int64_t expert) {
     const int64_t begin = expert ? e[expert - 1] : 0;
@@ -240,28 +301,46 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_backward(cons
     if (begin == e[expert]) {
       std::fill_n(gu + expert * 2 * matrix, 2 * matrix, 0.f);
       std::fill_n(gd + expert * matrix, matrix, 0.f);
+      return;
     }
     Scratch scratch;
-    float *out = scratch.take(BLOCK * width), *in = scratch.take(BLOCK * width);
+    float *out = scratch.take(BLOCK * width), *in = scratch.take(BLOCK * width), *halves = scratch.take(2 * wide);
     float *act = scratch.take(BLOCK * wide), *both = scratch.take(BLOCK * 2 * wide);
+    const float* by_in = factors<T>(pu + expert * 2 * matrix, 2 * matrix, narrow_ ? scratch.take(2 * matrix) : nullptr);
+    const float* by_act = factors<T>(pd + expert * matrix, matrix, narrow_ ? scratch.take(matrix) : nullptr);
     for (int64_t first = begin; first < e[expert]; first += BLOCK) {
       const int64_t count = std::min(BLOCK, e[expert] - first);
       const float more = first == begin ? 0.f : 1.f;
       gather(pg, o + first, count, picks, width, out);
       gather(px, o + first, count, picks, width, in);
-      gemm(false, false, count, wide, width, out, width, pd + expert * matrix, wide, 0, act, wide);
+      gemm(false, false, count, wide, width, out, width, by_act, wide, 0, act, wide);
       for (int64_t i = 0; i < count; ++i) {
-        const float* gate = pi + (first + i) * 2 * wide;
+        const float* gate = read_or_keep(pi + (first + i) * 2 * wide, 2 * wide, halves);
         float *a = act + i * wide, *g = both + i * 2 * wide;
         gw[o[first + i]] = silu_times_backward(a, gate, gate + wide, wide, pw[o[first + i]], g, g + wide, a);
       }
+      factors<T>(act, count * wide, act);
+      factors<T>(both, count * 2 * wide, both);
       gemm(true, false, width, wide, count, out, width, act, wide, more, gd + expert * matrix, wide);
       gemm(true, false, 2 * wide, width, count, both, 2 * wide, in, width, more, gu + expert * 2 * matrix, width);
-      gemm(false, false, count, width, 2 * wide, both, 2 * wide, pu + expert * 2 * matrix, width, 0, pr + first * width, width);
+      gemm(false, false, count, width, 2 * wide, both, 2 * wide, by_in, width, 0, pr + first * width, width);
     }
   });
-  sum_slots(pr, slot, nullptr, width, target(grad_x));
+  sum_slots(pr, slot, nullptr, width, dense<T>(grad_x));
   return {grad_x, grad_weights, grad_gate_up, grad_down};
+}
+
+std::tuple<at::Tensor, at::Tensor> experts_forward(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& order, const at::Tensor& slot,
+                                                   const at::Tensor& ends, const at::Tensor& gate_up, const at::Tensor& down) {
+  const auto f = x.scalar_type() == at::kFloat ? experts_forward_of<float> : experts_forward_of<bf16>;
+  return f(x, weights, order, slot, ends, gate_up, down);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weights,
+                                                                            const at::Tensor& order, const at::Tensor& slot, const at::Tensor& ends,
+                                                                            const at::Tensor& gate_up, const at::Tensor& down, const at::Tensor& inner) {
+  const auto f = x.scalar_type() == at::kFloat ? experts_backward_of<float> : experts_backward_of<bf16>;
+  return f(grad, x, weights, order, slot, ends, gate_up, down, inner);
 }
 
 // --- loss ------------------------------------------------------------------------------------------------------------
@@ -300,6 +379,7 @@ TORCH_LIBRARY_FRAGMENT(sputnik, m) {
   m.def("norm_backward", &sputnik::norm_backward);
   m.def("swiglu_forward", &sputnik::swiglu_forward);
   m.def("swiglu_backward", &sputnik::swiglu_backward);
+  m.def("narrow_product", &sputnik::narrow_product);
   m.def("expert_order", &sputnik::expert_order);
   m.def("experts_forward", &sputnik::experts_forward);
   m.def("experts_backward", &sputnik::experts_backward);
