@@ -1,0 +1,90 @@
+"""The parts of the way to an upstream: who is trusted, bytes to events, what is read and completed, flags."""
+
+import random
+from typing import Any
+
+import pytest
+
+from sputnik.cli.serve import ServeConfig
+from sputnik.errors import ConfigError
+from sputnik.serve.refusals import Refusal
+from sputnik.serve.upstreams.breaker import Breaker, Rules
+from sputnik.serve.upstreams.events import LONGEST, Events
+from sputnik.serve.upstreams.plain import completed, read
+
+
+def test_a_replica_falls_and_rises_with_hysteresis() -> None:
+    breaker = Breaker(Rules(probes=2, answers=3, rises=2, most=8, calm=60))
+    assert not breaker.up
+    breaker.worked("probe", 0)
+    assert breaker.up, "the first good probe is enough"
+    breaker.failed("answer", 1)
+    breaker.failed("answer", 1)
+    breaker.worked("probe", 2)
+    assert breaker.up
+    breaker.failed("answer", 3)
+    assert not breaker.up, "good probes do not excuse failing answers"
+    needed = []
+    for _ in range(5):
+        goods = 0
+        while not breaker.up:
+            breaker.worked("probe", 4)
+            goods += 1
+        needed.append(goods)
+        breaker.failed("probe", 5)
+        breaker.failed("probe", 5)
+    assert needed == [2, 4, 8, 8, 8]
+    while not breaker.up:
+        breaker.worked("probe", 6)
+    breaker.failed("probe", 100)
+    breaker.failed("probe", 100)
+    breaker.worked("probe", 101)
+    breaker.worked("probe", 101)
+    assert breaker.up, "after calm, two are enough again"
+
+
+def test_events_are_the_same_however_they_are_split(events_of_a_stream: list[bytes]) -> None:
+    text = b": ping\r\n\r\n" + b"".join(events_of_a_stream) + b"data: one\r\ndata:two\r\n\r\nevent: x\n\n"
+    whole = Events().feed(text)
+    assert whole[-1] == b"one\ntwo" and len(whole) == len(events_of_a_stream)
+    dice = random.Random(0)
+    for _ in range(50):
+        events, found, at = Events(), list[bytes](), 0
+        while at < len(text):
+            size = dice.randint(1, 40)
+            found += events.feed(text[at : at + size])
+            at += size
+        assert found == whole
+    with pytest.raises(ValueError, match="more than"):
+        Events().feed(b"data: " + b"x" * LONGEST)
+
+
+def test_usage_never_makes_up_a_cache() -> None:
+    assert completed({"prompt_tokens": 5})["prompt_cache_told"] is False
+    found = completed({"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 9}})
+    assert (found["prompt_cache_hit_tokens"], found["prompt_cache_miss_tokens"]) == (5, 0)
+    assert completed({"prompt_tokens": 5, "prompt_cache_hit_tokens": 2})["prompt_cache_miss_tokens"] == 3
+
+
+def test_a_wish_is_guessed_by_its_length_and_its_limits() -> None:
+    wish = read(b'{"model": "m", "messages": [{"role": "user", "content": "' + b"x" * 400 + b'"}], "n": 2}', "chat")
+    assert wish.samples == 2 and wish.answer == 2 * 1024 and 100 <= wish.prompt <= 115
+    with pytest.raises(Refusal, match="stream_options"):
+        read(b'{"model": "m", "prompt": "x", "stream_options": {}}', "text")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "one of both"),
+        ({"model": "m", "upstream": ("http://a",)}, "one of both"),
+        ({"upstream": ("a:8000",)}, "an address such as"),
+        ({"upstream": ("http://user:secret@a",)}, "SPUTNIK_UPSTREAM_KEY"),
+        ({"upstream": ("http://a",), "weights": "int8"}, "--weights is for a model of ours"),
+        ({"model": "m", "affinity": True}, "--affinity"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as refused:
+        ServeConfig(**flags)
+    assert "secret" not in str(refused.value)
