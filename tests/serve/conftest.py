@@ -1,6 +1,7 @@
 """A real, tiny, untrained model with its tokenizer, in a process and in this one."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -62,7 +64,8 @@ class Server:
         self.process = subprocess.Popen(
             [*command, "--operator-port", str(self.operator_port), *flags],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0,
-            env=os.environ | {"SPUTNIK_API_KEY": f"{KEY},sk-other", "PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"SPUTNIK_API_KEY": f"{KEY},sk-other", "PYTHONUNBUFFERED": "1"}
+            | {"XDG_STATE_HOME": str(model.parent / "state")},
         )  # fmt: skip
         self.said: list[str] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -91,6 +94,20 @@ class Server:
                         return child
             time.sleep(0.02)
         raise AssertionError(f"no {role}")
+
+    def fetch(
+        self, path: str, body: Any = None, key: str | None = KEY, method: str | None = None, **headers: str
+    ) -> tuple[int, Any, Any]:
+        """Status, JSON and headers of a plain request."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        fields = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(f"{self.url}{path}", data, fields | headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, json.loads(response.read()), response.headers
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.loads(error.read()), error.headers
 
     def engine(self) -> dict[str, float]:
         """The engine's figures, by way of the page of metrics."""

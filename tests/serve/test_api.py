@@ -3,8 +3,6 @@
 import json
 import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -197,19 +195,9 @@ def test_completions_go_on_and_fill_in(server: Any, llm: LLM) -> None:
     assert filled.choices[0].text == llm.generate([fim], params)[0].text and filled.usage.prompt_tokens == len(fim)
 
 
-def fetch(
-    server: Any, path: str, body: Any = None, key: str | None = "sk-test", **headers: str
-) -> tuple[int, Any, Any]:
-    """Status, JSON and headers of a plain request."""
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    fields = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    request = urllib.request.Request(f"{server.url}{path}", data, fields | headers)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.loads(response.read()), response.headers
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.loads(error.read()), error.headers
+def fetch(server: Any, *request: Any, **headers: str) -> tuple[int, Any, Any]:
+    found: tuple[int, Any, Any] = server.fetch(*request, **headers)
+    return found
 
 
 def test_tokens_of_a_text_and_back(server: Any, llm: LLM) -> None:

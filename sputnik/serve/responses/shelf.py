@@ -12,8 +12,8 @@ a disk. They are gone when the gateway ends.
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -159,16 +159,22 @@ class Shelf:
             self._trim()
 
     def _trim(self) -> None:
+        """Drop what is too old or too much: of a key, then of the one that has most."""
         oldest = time.monotonic() - SECONDS
-        ended = [record for record in self._records.values() if record.final is not None]
-        count = Counter(record.owner for record in ended)
-        size: Counter[str] = Counter()
-        for record in ended:
-            size[record.owner] += record.size
-        for record in ended:  # the oldest first
-            owner = record.owner
-            greedy = size.total() > BYTES and size[owner] == max(size.values())
-            if record.ended < oldest or count[owner] > PER_KEY or size[owner] > KEY_BYTES or greedy:
-                count[owner] -= 1
-                size[owner] -= record.size
+        ended: dict[str, deque[Record]] = {}
+        for record in [each for each in self._records.values() if each.final is not None]:
+            if record.ended < oldest:
                 self.drop(record)
+            else:
+                ended.setdefault(record.owner, deque()).append(record)
+        sizes = {owner: sum(record.size for record in records) for owner, records in ended.items()}
+        for owner in ended:
+            while len(ended[owner]) > PER_KEY or sizes[owner] > KEY_BYTES:
+                self._drop_first(ended, sizes, owner)
+        while sum(sizes.values()) > BYTES:
+            self._drop_first(ended, sizes, max(sizes, key=lambda owner: sizes[owner]))
+
+    def _drop_first(self, ended: Mapping[str, deque[Record]], sizes: dict[str, int], owner: str) -> None:
+        record = ended[owner].popleft()
+        sizes[owner] -= record.size
+        self.drop(record)
