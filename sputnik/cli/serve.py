@@ -19,13 +19,13 @@ from tyro.conf import Positional, UseAppendAction
 
 from sputnik.errors import ConfigError, MissingPackage
 from sputnik.serve.identity import key_hash, new_key
-from sputnik.serve.settings import GatewaySettings, Template, UpstreamSettings, WorkerSettings
+from sputnik.serve.settings import BookSettings, GatewaySettings, Template, UpstreamSettings, WorkerSettings
 from sputnik.serve.supervisor import Child, Supervisor
 from sputnik.serve.titles import set_title
 from sputnik.serve.watch import GATEWAY, WORKER
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle")
+PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle", "sqlalchemy", "alembic")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class FrontConfig:
     """Requests of one key, waiting and running."""
     drain: float = 30.0
     """Seconds that running answers get at the end."""
+    database: str = ""
+    """Keys and usage: a file, sqlite:///PATH, postgresql+psycopg://USER@HOST/NAME, or none; else a file of yours."""
+    prices: Path | None = None
+    """What tokens cost: a TOML file; else DeepSeek's first prices."""
     upstream: UseAppendAction[tuple[str, ...]] = ()
     """Another OpenAI-compatible server that answers, http://host:8000; several times for several. No model then.
     Its key, or keys with commas between: SPUTNIK_UPSTREAM_KEY, or in the file that SPUTNIK_UPSTREAM_KEY_FILE names."""
@@ -128,11 +132,15 @@ class ServeConfig(FrontConfig):
             cache_bytes=int(self.cache_gib * 2**30), drain=self.drain,
         )  # fmt: skip
 
-    def gateway(self, path: Path, keys: list[str] | None, upstream_keys: list[str] | None = None) -> GatewaySettings:
+    def gateway(
+        self, path: Path, keys: list[str] | None, upstream_keys: list[str] | None = None,
+        books: BookSettings | None = None,
+    ) -> GatewaySettings:  # fmt: skip
         return GatewaySettings(
             str(path), self.host, self.port, self.metrics_port, self.served_name, keys, temperature=self.temperature,
             top_p=self.top_p, max_tokens=self.max_tokens, queue=self.queue, max_wait=self.max_wait,
             per_key=self.per_key, drain=self.drain, upstreams=self._upstreams(upstream_keys or []),
+            books=books,
         )  # fmt: skip
 
     def _upstreams(self, keys: list[str]) -> UpstreamSettings | None:
@@ -154,18 +162,30 @@ def main(config: ServeConfig) -> int:
     _check_free("127.0.0.1", config.metrics_port)
     given = [key.strip() for key in os.environ.pop("SPUTNIK_API_KEY", "").split(",") if key.strip()]
     keys = given or [new_key()]
+    books = None if config.database == "none" else _books(config)
     set_title("sputnik serve")
     directory = Path(tempfile.mkdtemp(prefix="sputnik-"))  # of mode 0700
     try:
         path = directory / "worker.sock"
         hashes = None if config.open else [key_hash(key) for key in keys]
-        gateway = Child("gateway", config.gateway(path, hashes, _upstream_keys()), _say, GATEWAY)
+        gateway = Child("gateway", config.gateway(path, hashes, _upstream_keys(), books), _say, GATEWAY)
         workers = [] if config.upstream else [Child("worker", config.worker(path), _say, WORKER)]
         shown = None if config.open else "that of SPUTNIK_API_KEY" if given else keys[0]
         _say(f"loading {config.model}" if config.model else f"waiting for {' or '.join(config.upstream)}")
         return Supervisor([*workers, gateway], _say, lambda: _welcome(config, shown), config.drain).run()
     finally:
         shutil.rmtree(directory)
+
+
+def _books(config: ServeConfig) -> BookSettings:
+    """The database made or brought up to date, and all that could be wrong with it found before anything starts."""
+    from sputnik.serve.books.access import open_keys
+    from sputnik.serve.books.prices import load_prices
+
+    load_prices(config.prices)
+    database, pepper = open_keys(config.database, os.environ)
+    database.close()
+    return BookSettings(config.database, pepper, None if config.prices is None else str(config.prices))
 
 
 def _upstream_keys() -> list[str]:

@@ -20,6 +20,7 @@ from sputnik import __version__
 from sputnik.serve.answering import answer, called, reading
 from sputnik.serve.asking import ALIASES, Asking
 from sputnik.serve.body import parse
+from sputnik.serve.books.repeats import Repeats
 from sputnik.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from sputnik.serve.generations import Job
 from sputnik.serve.guard import App, Guard, Receive, Scope, Send, refuse
@@ -41,7 +42,7 @@ def make_app(service: Service, hosts: Collection[str] | None) -> App:
     add_errors(app)
     names = [service.settings.name, *ALIASES]
     app.openapi = lambda: describe(app, names)  # type: ignore[method-assign]
-    return Guard(app, service, hosts)
+    return Guard(Repeats(app, service.books), service, hosts)
 
 
 def _api(routes: "Routes", service: Service, shelf: Shelf) -> APIRouter:
@@ -65,6 +66,7 @@ def _beside(routes: "Routes") -> APIRouter:
     add, get, post = beside.add_api_route, ["GET"], ["POST"]
     add("/tokenize", routes.tokenize, methods=post, openapi_extra=speaks("TokenizeRequest", "Tokens"))
     add("/detokenize", routes.detokenize, methods=post, openapi_extra=speaks("DetokenizeRequest", "Prompt"))
+    add("/user/balance", routes.balance, methods=get, openapi_extra=speaks(None, "Balance"))
     add("/health", routes.health, methods=get, openapi_extra=speaks(None, "Status"))
     add("/ready", routes.ready, methods=get, openapi_extra=speaks(None, "Status"))
     add("/version", routes.version, methods=get, openapi_extra=speaks(None, "Version"))
@@ -165,6 +167,12 @@ class Routes:
         call, asking = called(self._service, request)
         body = parse(call.body, DetokenizeRequest)
         return JSONResponse({"prompt": asking.text(body.tokens)})
+
+    async def balance(self, request: Request) -> Response:
+        """What is left of the key's budget; without a budget there is nothing to tell."""
+        books = self._service.books
+        none: dict[str, Any] = {"is_available": True, "balance_infos": []}
+        return JSONResponse(none if books is None else await books.balance(request.state.call.identity))
 
     async def health(self) -> Response:
         """The gateway is alive; it says nothing of the engine."""

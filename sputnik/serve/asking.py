@@ -73,7 +73,7 @@ class Asking:
         params, thought = self._with_reserve(params, request, prompt)
         names = frozenset(each["name"] for each in definitions(tools)) if tools and choice != "none" else None
         one = request.parallel_tool_calls is False and names is not None
-        asked = Asked(prompt.ids, params, prompt.in_thought, names, one, _salt(identity, request))
+        asked = Asked(prompt.ids, params, prompt.in_thought, names, one, _salt(identity, request), model=request.model)
         return asked, _applied(params, thinking=thinks, **thought)
 
     def count(self, request: ChatRequest) -> int:
@@ -206,7 +206,8 @@ class Asking:
         scores = {} if request.logprobs is None else {"logprobs": request.logprobs}
         every = [self._params(request, len(ids), request.max_tokens or 16, scores) for ids in prompts]
         salt = _salt(identity, request)
-        return [Asked(ids, params, None, salt=salt) for ids, params in zip(prompts, every)], _applied(every[0])
+        asked = [Asked(ids, params, None, salt=salt, model=request.model) for ids, params in zip(prompts, every)]
+        return asked, _applied(every[0])
 
     def _completion_prompt(self, prompt: str | list[int], suffix: str | None) -> tuple[int, ...]:
         tok = self.speech.tok

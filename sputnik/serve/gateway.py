@@ -6,6 +6,7 @@ get 503 at once, running ones their time, then it exits with 0.
 
 import asyncio
 import contextlib
+import os
 import resource
 import signal
 import sys
@@ -25,6 +26,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 HEADER_MILLISECONDS = 10_000
 """That a client may take to send its headers."""
 CONNECTIONS = 4096
+BOOKS_SECONDS = 5.0
+"""At the end, for what is still to be written down."""
 
 
 def hosts_of(host: str) -> Collection[str] | None:
@@ -76,6 +79,8 @@ async def serve(settings: GatewaySettings) -> int:
         server.stop()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.gather(*running), 5)
+    if service.books is not None and not await service.books.finish(BOOKS_SECONDS):
+        print("gateway: the last usage could not be written down", file=sys.stderr, flush=True)
     return 0 if drained else 1
 
 
@@ -98,4 +103,6 @@ def main(settings: GatewaySettings) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(main(msgspec.json.decode(sys.stdin.buffer.read(), type=GatewaySettings)))
+    code = main(msgspec.json.decode(sys.stdin.buffer.read(), type=GatewaySettings))
+    sys.stderr.flush()
+    os._exit(code)  # Granian's threads may still hold connections, and abort when the interpreter ends under them

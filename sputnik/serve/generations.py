@@ -39,6 +39,8 @@ class Asked:
     one_call: bool = False
     salt: bytes = b""
     priority: int = 0
+    model: str = ""
+    """As the caller named it, for its price."""
 
 
 class Job:
@@ -50,6 +52,8 @@ class Job:
         self.arrived = time.monotonic()
         self.first: float | None = None
         """When the first token came."""
+        self.held = False
+        """No token leaves yet: what it may cost is not written down."""
         self.error: Refusal | None = None
         self._generations = [
             Generation(self, link, speech, each, sum(before.params.n for before in asked[:place]))
@@ -68,10 +72,10 @@ class Job:
 
     async def deltas(self) -> list[Delta]:
         """What has come since the last call; waits for something. Empty: all have ended, or the job was closed."""
-        while not self._deltas:
+        while self.held or not self._deltas:
             if self.error is not None:
                 raise self.error
-            if self.done or self._closed:
+            if self._closed or (self.done and not self.held):
                 return []
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -80,6 +84,10 @@ class Job:
                 self._waiter = None
         found, self._deltas = self._deltas, []
         return found
+
+    def release(self) -> None:
+        self.held = False
+        self._wake()
 
     @property
     def done(self) -> bool:
@@ -95,7 +103,7 @@ class Job:
             self.arrived, self.first, sum(len(each.prompt) for each in self.asked),
             sum(answer.cached for answer in self.leaders), self.produced,
             sum(answer.thought_tokens for answer in self.answers),
-            tuple(answer.finish or "aborted" for answer in self.answers),
+            tuple(answer.finish or "aborted" for answer in self.answers), self.asked[0].model,
         )  # fmt: skip
 
     def answer_now(self) -> None:

@@ -84,9 +84,12 @@ class Guard:
         self._check_host(headers.get(b"host", b""))
         path, post = scope["path"], scope["method"] == "POST"
         identity = ANYONE if path in OPEN else self._identify(headers)
+        if not identity.may(path) and path not in OPEN:
+            raise Refusal(403, "this key is not for this route: its scopes are " + ", ".join(sorted(identity.scopes)))
         size = self._check_body(headers) if post else 0
         ticket = None
         if post and path.endswith(GENERATING):
+            self._service.check(identity, b"idempotency-key" in headers)
             ticket = self._service.knock(identity, size)
         try:
             body = await _read(receive, size) if post else b""

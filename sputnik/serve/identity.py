@@ -13,11 +13,11 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 Class = Literal["interactive", "paid", "free", "batch"]
 Scope = Literal["chat", "completions", "models"]
-SCOPES = frozenset[str](get_args(Scope))
+SCOPES = frozenset({"chat", "completions", "models"})
 PATHS: Mapping[str, Scope | None] = {
     "/chat/completions": "chat",
     "/responses": "chat",

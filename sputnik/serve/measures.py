@@ -28,6 +28,10 @@ class Tally:
     """Of what was written."""
     ends: tuple[str, ...]
     """How each answer ended."""
+    model: str = ""
+    """As the caller named it."""
+    worker: str = "engine"
+    """Who answered."""
 
 
 @dataclass
@@ -47,12 +51,20 @@ class Measures:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     refused: Counter[str] = field(default_factory=Counter)
-    """By whose limit it was: the key's or the server's."""
+    """By the code that the caller was told."""
     ends: Counter[str] = field(default_factory=Counter)
     """Answers by how they ended."""
+    responses: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By route and status."""
+    queue: Histogram = field(default_factory=Histogram)
+    """From arrival until the turn came."""
     first: Histogram = field(default_factory=Histogram)
     each: Histogram = field(default_factory=Histogram)
     whole: Histogram = field(default_factory=Histogram)
+
+    def answered(self, route: str, status: int) -> None:
+        """499: the client went before there was an answer."""
+        self.responses[route, str(status or 499)] += 1
 
     def ended(self, tally: Tally, now: float) -> None:
         self.prompt_tokens += tally.prompt
@@ -92,15 +104,17 @@ class Measures:
         }  # fmt: skip
         for name, value in counts.items():
             yield CounterMetricFamily(f"sputnik:{name}", name.replace("_", " "), value=value)
-        for name, label, counter in (
-            ("request_success", "finished_reason", self.ends),
-            ("requests_refused", "limit", self.refused),
+        for name, labels, counter in (
+            ("request_success", ["finished_reason"], {(end,): count for end, count in self.ends.items()}),
+            ("requests_refused", ["reason"], {(code,): count for code, count in self.refused.items()}),
+            ("http_responses", ["route", "status"], self.responses),
         ):
-            family = CounterMetricFamily(f"sputnik:{name}", name.replace("_", " "), labels=[label])
-            for key, count in counter.items():
-                family.add_metric([key], count)
+            family = CounterMetricFamily(f"sputnik:{name}", name.replace("_", " "), labels=labels)
+            for values, count in counter.items():
+                family.add_metric(list(values), count)
             yield family
         for name, histogram in (
+            ("request_queue_time_seconds", self.queue),
             ("time_to_first_token_seconds", self.first),
             ("time_per_output_token_seconds", self.each),
             ("e2e_request_latency_seconds", self.whole),

@@ -47,10 +47,12 @@ ANTHROPIC_ERROR = {
     },
 }
 STATUSES = {
-    "GET": ("400", "401", "404", "421", "503"),
-    "DELETE": ("400", "401", "404", "421", "503"),
-    "POST": ("400", "401", "402", "403", "404", "408", "409", "413", "415", "421", "422", "429", "500", "501", "503"),
-}
+    "GET": ("400", "401", "403", "404", "421", "503"),
+    "DELETE": ("400", "401", "403", "404", "421", "503"),
+    "POST": (
+        "400", "401", "402", "403", "404", "408", "409", "413", "415", "421", "422", "429", "500", "501", "503", "507",
+    ),
+}  # fmt: skip
 BODIES: tuple[type[msgspec.Struct], ...] = (
     ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest, CountRequest, ResponseRequest,
 )  # fmt: skip

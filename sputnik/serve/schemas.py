@@ -214,11 +214,23 @@ class Status(Struct, frozen=True):
     status: str
 
 
+class BalanceInfo(Struct, frozen=True):
+    currency: str
+    total_balance: str
+    granted_balance: str
+    topped_up_balance: str
+
+
+class Balance(Struct, frozen=True):
+    is_available: bool
+    balance_infos: list[BalanceInfo]
+
+
 class Version(Struct, frozen=True):
     version: str
 
 
 REPLIES: tuple[type[msgspec.Struct], ...] = (
     ChatCompletion, Completion, Model, ModelList, RequestStatus, Message, TokenCount, ResponseObject, DeletedResponse,
-    Tokens, Prompt, Status, Version,
+    Tokens, Prompt, Status, Version, Balance,
 )  # fmt: skip

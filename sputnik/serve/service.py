@@ -6,13 +6,13 @@
     job = service.open(name, ticket, asked)                    # it waits, then runs
     service.close(name)                                        # always, at the end
 
-All refusals are `Refusal`s. One event loop, no threads. Left out: accounts and money; an `Identity` is all that is
-known of who asks.
+All refusals are `Refusal`s. One event loop, no threads but that of the books (`books/`), which write down what a
+request may cost when it is opened and what it did cost when it is closed.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from sputnik.serve import wire
 from sputnik.serve.admission import Admission, Full, Limits, Place, Ticket
 from sputnik.serve.asking import Asking, Defaults
+from sputnik.serve.books.books import Books, Tab
 from sputnik.serve.generations import Asked, Job
 from sputnik.serve.identity import Identity, Keyring
 from sputnik.serve.link import Link
@@ -86,12 +87,19 @@ class Open:
     ticket: Ticket
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None
+    tab: Tab | None = None
+    booked: bool = True
+    """What it may cost is written down, if that is asked for."""
 
 
 class Service:
     def __init__(self, settings: GatewaySettings) -> None:
         self.settings = settings
-        self.keyring = Keyring.of(settings.keys)
+        self.books: Books | None = None
+        if settings.books is not None:
+            prices = settings.books.prices
+            self.books = Books(settings.books.url, settings.books.pepper, None if prices is None else Path(prices))
+        self.keyring = Keyring.of(settings.keys, None if self.books is None else self.books.issued)
         self.admission = Admission(
             Limits(settings.queue, settings.queue_tokens, settings.per_key, settings.max_wait)
         )  # fmt: skip
@@ -105,17 +113,26 @@ class Service:
         self._by_ticket: dict[Ticket, Open] = {}
         self._probed: tuple[float, bool] = (0.0, False)
         self._probing: asyncio.Task[bool] | None = None
+        self.closed: list[Callable[[Open, Tally], None]] = []
+        """Who is told of each request that has ended."""
         self.turns = 0
         """Of the loop: while they go on, it is alive."""
 
     def begin(self) -> list["asyncio.Task[None]"]:
-        return [asyncio.create_task(self.engine.run()), asyncio.create_task(self._tick())]
+        tasks = [asyncio.create_task(self.engine.run()), asyncio.create_task(self._tick())]
+        return tasks if self.books is None else [*tasks, asyncio.create_task(self.books.run(self._revoked))]
 
     # --- requests ---
+
+    def check(self, identity: Identity, repeats: bool) -> None:
+        """Whether it can be paid for; `repeats`: it may have been already."""
+        if self.books is not None:
+            self.books.check(identity, repeats)
 
     def knock(self, identity: Identity, size: int) -> Ticket:
         if self.asking is None and not (self.engine.up and self.engine is not self.link):
             what = "the model is being loaded" if self.engine is self.link else "no upstream answers now"
+            self.measures.refused["loading"] += 1
             raise Refusal(503, what, code="loading", retry_after=5)
         try:
             return self.admission.knock(identity, size, time.monotonic())
@@ -129,12 +146,13 @@ class Service:
         answer = sum(each.params.max_tokens * each.params.n for each in asked)
         samples = sum(each.params.n for each in asked)
         job = Job(self.link, self.asking.speech, asked, None if seconds is None else time.monotonic() + seconds)
-        self.enter(name, ticket, job, prompt, answer, samples, seconds)
+        self.enter(name, ticket, job, prompt, answer, samples, seconds, asked[0].model)
         return job
 
     def enter(
-        self, name: Name, ticket: Ticket, work: Work, prompt: int, answer: int, samples: int, seconds: float | None
-    ) -> None:
+        self, name: Name, ticket: Ticket, work: Work, prompt: int, answer: int, samples: int, seconds: float | None,
+        model: str = "",
+    ) -> None:  # fmt: skip
         """The same for work of any kind, of so many tokens of prompt and at most of answer."""
         if name in self.requests:
             raise Refusal(400, f"request id {name[1]} is in use: send another x-request-id, or none")
@@ -144,8 +162,26 @@ class Service:
         except Full as full:
             self.admission.leave(ticket, now)  # at once: whoever is taken from the queue must have a request
             raise self._refusal(full) from None
-        self.requests[name] = self._by_ticket[ticket] = Open(work, ticket, now)
+        request = Open(work, ticket, now)
+        if self.books is not None:
+            self._book(request, self.books, model or self.settings.name, prompt, answer)
+        self.requests[name] = self._by_ticket[ticket] = request
         self.pump()
+
+    def _book(self, request: Open, books: Books, model: str, prompt: int, answer: int) -> None:
+        """Our engine begins at once and is held back until the books have it; others begin only then."""
+        identity, work = request.ticket.identity, request.job
+        request.tab = books.open(identity, model, prompt, answer, work, lambda: self._booked(request))
+        request.booked = False
+        if isinstance(work, Job):
+            work.held = True
+
+    def _booked(self, request: Open) -> None:
+        request.booked = True
+        if isinstance(request.job, Job):
+            request.job.release()
+        elif request.started is not None and request.ticket in self._by_ticket:
+            request.job.start()
 
     def close(self, name: Name) -> None:
         """It has ended, or nobody waits for it any more: what it held is free."""
@@ -154,8 +190,14 @@ class Service:
             return
         del self._by_ticket[request.ticket]
         request.job.close()
-        self.measures.ended(request.job.tally(), time.monotonic())
+        tally = request.job.tally()
+        self.measures.ended(tally, time.monotonic())
+        request.ticket.whole = not {"aborted", "failed"}.intersection(tally.ends)
+        if self.books is not None and request.tab is not None:
+            self.books.close(request.tab)
         self.admission.leave(request.ticket, time.monotonic(), request.job.produced)
+        for tell in self.closed:
+            tell(request, tally)
         self.pump()
 
     def leave(self, ticket: Ticket) -> None:
@@ -176,7 +218,9 @@ class Service:
         for ticket in self.admission.take(now):
             request = self._by_ticket[ticket]
             request.started = now
-            request.job.start()
+            self.measures.queue.add(now - request.arrived)
+            if request.booked or isinstance(request.job, Job):
+                request.job.start()
 
     # --- health ---
 
@@ -221,6 +265,11 @@ class Service:
             return "draining"
         return "ready" if self.engine.up else "loading"
 
+    def _revoked(self, account: str) -> None:
+        for (owner, _), request in list(self.requests.items()):
+            if owner == account:
+                request.job.fail(Refusal(401, "this key has been revoked", code="invalid_api_key", retry=False))
+
     # --- what the link tells ---
 
     def _joined(self, hello: wire.Hello) -> None:
@@ -251,9 +300,7 @@ class Service:
                 self._by_ticket[ticket].job.fail(late)
 
     def _refusal(self, full: Full) -> Refusal:
-        self.measures.refused[full.whose] += 1
-        if self.admission.closed is not None:
-            return Refusal(503, full.reason, code="shutting_down", retry_after=full.wait)
-        if full.whose == "key":
-            return Refusal(429, full.reason, code="rate_limit_exceeded", retry_after=full.wait)
-        return Refusal(503, full.reason, code="overloaded", retry_after=full.wait)
+        closed = self.admission.closed is not None
+        code = "shutting_down" if closed else "rate_limit_exceeded" if full.whose == "key" else "overloaded"
+        self.measures.refused[code] += 1
+        return Refusal(429 if code == "rate_limit_exceeded" else 503, full.reason, code=code, retry_after=full.wait)

@@ -48,6 +48,16 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     """Seconds of silence in the middle of an answer."""
 
 
+class BookSettings(msgspec.Struct, frozen=True):
+    """Where keys and usage are written down."""
+
+    url: str
+    """Of the database; empty: the user's own file."""
+    pepper: str
+    prices: str | None = None
+    """Path of a price table; None: the one that ships."""
+
+
 class GatewaySettings(msgspec.Struct, frozen=True):
     socket: str
     host: str
@@ -66,4 +76,6 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     max_wait: float = 120.0
     per_key: int = 64
     drain: float = 30.0
+    books: BookSettings | None = None
+    """None: nothing is written down, and there are no keys but `keys`."""
     upstreams: UpstreamSettings | None = None

@@ -11,14 +11,15 @@ A key is known by its public part and then compared by HMAC, in a time that tell
 import hmac
 import re
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import get_args
 
 from sqlalchemy import Connection, Row, func, insert, or_, select, text, update
 
 from sputnik.errors import ConfigError, DataError
-from sputnik.serve.books.key import digest, id_of, new_key
+from sputnik.serve.books.database import Database, Down, name_of, open_database, upgrade
+from sputnik.serve.books.key import digest, id_of, new_key, read_pepper
 from sputnik.serve.books.ledger import open_account
 from sputnik.serve.books.tables import Account, Fact, Key
 from sputnik.serve.identity import SCOPES, Class, Identity
@@ -93,6 +94,19 @@ def touch(connection: Connection, used: dict[str, int]) -> None:
     """When keys were last used."""
     for id, at in used.items():
         connection.execute(update(Key).where(Key.id == id).values(used=at))
+
+
+def open_keys(url: str, environment: MutableMapping[str, str]) -> tuple[Database, str]:
+    """The database, of this program's version, and the pepper of its keys. ConfigError: what is wrong with them."""
+    database = open_database(url)
+    upgrade(database)
+    pepper = read_pepper(environment)
+    try:
+        with database.writing() as connection:
+            check_pepper(connection, pepper)
+    except Down as down:
+        raise ConfigError(f"--database {name_of(database)}: {down.reason}") from None
+    return database, pepper
 
 
 def check_pepper(connection: Connection, pepper: str) -> None:

@@ -73,7 +73,7 @@ class Books:
         self.issued = Issued(pepper)
         self.id = secrets.token_hex(16)
         self._alive = Alive(self.database, self.id)
-        self._joined = False
+        self._joined = self._ending = False
         self._tabs: dict[str, Tab] = {}
         self._purses: dict[str, Purse] = {}
         """Of accounts with a budget, as the last transaction left them."""
@@ -89,7 +89,7 @@ class Books:
     async def run(self, revoked: Callable[[str], None]) -> None:
         """For ever."""
         noted = time.monotonic()
-        while self.clerk.alive:
+        while self.clerk.alive and not self._ending:
             try:
                 rows, purses = await asyncio.to_thread(self._look)
             except Down as down:
@@ -103,9 +103,10 @@ class Books:
                     revoked(account)
             if time.monotonic() - noted >= NOTE:
                 noted = time.monotonic()
-                self._note(noted)
+                self._note(noted - NOTE)
             await asyncio.sleep(LOOK)
-        raise RuntimeError("the clerk has ended")
+        if not self._ending:
+            raise RuntimeError("the clerk has ended")
 
     def _look(self) -> tuple[list[Any], dict[str, Purse]]:
         """Keys that have changed, and the purses of who was refused."""
@@ -131,9 +132,10 @@ class Books:
             with self.database.writing() as connection:
                 ledger.recover(connection, dead)
 
-    def _note(self, now: float) -> None:
+    def _note(self, before: float) -> None:
+        """Of requests that were opened before."""
         used, self._used = self._used, {}
-        notes = [(tab.id, tokens_of(tab.work.tally())) for tab in self._tabs.values() if now - tab.opened > NOTE]
+        notes = [(tab.id, tokens_of(tab.work.tally())) for tab in self._tabs.values() if tab.opened < before]
         if used or notes:
             self.clerk.write(functools.partial(_write_notes, used=used, notes=notes))
 
@@ -239,6 +241,7 @@ class Books:
 
     async def finish(self, seconds: float) -> bool:
         """Write what is left; False if that was not possible."""
+        self._ending = True
         self._note(time.monotonic())
         self.clerk.write(functools.partial(ledger.recover, gateway=self.id))
         written = await asyncio.to_thread(self.clerk.finish, seconds)

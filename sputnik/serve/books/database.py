@@ -10,6 +10,7 @@ disk keeps its word. Its file must be on a local disk. What the database fails w
 waiting may help. Left out: several databases, and pools larger than a gateway needs.
 """
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from sputnik.errors import ConfigError, MissingPackage
+from sputnik.errors import ConfigError
 from sputnik.serve.books.key import state_directory
 
 BUSY = 1.0
@@ -79,7 +80,7 @@ def open_database(url: str = "") -> Database:
     url = url or default_url()
     if "://" not in url:
         url = f"sqlite:///{url}"
-    try:
+    with contextlib.suppress(ArgumentError, NoSuchModuleError):
         parsed = make_url(url)
         match parsed.get_backend_name():
             case "sqlite" if parsed.database:
@@ -89,10 +90,6 @@ def open_database(url: str = "") -> Database:
                 options: dict[str, Any] = {"connect_args": {"connect_timeout": CONNECT}, "pool_pre_ping": True}
                 engine = create_engine(parsed, pool_size=2, **options)
                 return Database(engine, engine.execution_options(isolation_level="AUTOCOMMIT"), None)
-    except (ArgumentError, NoSuchModuleError):
-        pass
-    except ModuleNotFoundError as error:
-        raise MissingPackage(error.name or "psycopg", extra="serve") from None
     raise ConfigError("--database: give a path, sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
 
 

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from sputnik import __version__
 from sputnik.serve.answering import reading, waiting
 from sputnik.serve.app import Routes, add_errors
+from sputnik.serve.books.repeats import Repeats
 from sputnik.serve.guard import App, Call, Guard
 from sputnik.serve.refusals import Refusal
 from sputnik.serve.replies import StreamReply, WholeReply
@@ -37,10 +38,11 @@ def make_upstream_app(service: Service, fleet: Fleet, hosts: Collection[str] | N
         api.add_api_route("/requests/{id}", ours.request, methods=get)
         api.add_api_route("/requests/{id}/cancel", ours.cancel, methods=post)
         app.include_router(api, include_in_schema=prefix == "/v1")
+    app.add_api_route("/user/balance", ours.balance, methods=["GET"])
     for path, answer in (("/health", ours.health), ("/ready", ours.ready), ("/version", ours.version)):
         app.add_api_route(path, answer, methods=["GET"])
     add_errors(app)
-    return Guard(app, service, hosts)
+    return Guard(Repeats(app, service.books), service, hosts)
 
 
 class UpstreamRoutes:
@@ -63,7 +65,8 @@ class UpstreamRoutes:
         self._fleet.trusted(wish.model)
         forward = Forward(self._fleet, path, wish, call.id, call.seconds, request.scope["state"].get("trace"))
         name = (call.identity.id, call.id)
-        self._service.enter(name, call.ticket, forward, wish.prompt, wish.answer, wish.samples, call.seconds)
+        sizes = wish.prompt, wish.answer, wish.samples
+        self._service.enter(name, call.ticket, forward, *sizes, call.seconds, wish.model)
         return (Streamed if wish.stream else Complete)(self._service, name, forward)
 
     async def models(self) -> Response:

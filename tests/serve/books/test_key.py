@@ -1,6 +1,5 @@
 """The form of keys, the pepper's file, and what routes a key may use."""
 
-import os
 import re
 import stat
 from pathlib import Path
@@ -33,7 +32,8 @@ def test_the_pepper_is_made_once_for_its_owner_alone(tmp_path: Path, monkeypatch
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     pepper, file = read_pepper({}), tmp_path / "sputnik" / "pepper"
     assert read_pepper({}) == pepper == file.read_text().strip() and len(pepper) == 64
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and os.listdir(file.parent) == ["pepper"]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in file.parent.iterdir()] == ["pepper"]
     environment = {"SPUTNIK_PEPPER": "ab" * 32}
     assert read_pepper(environment) == "ab" * 32 and not environment, "no child finds it there"
     with pytest.raises(ConfigError, match="SPUTNIK_PEPPER holds no pepper"):
