@@ -1,9 +1,10 @@
 """One GRPO step, ours and TRL's: rollout, rewards, loss, backward pass and optimiser, in generated tokens a second.
 
-    python -m benchmarks.grpo_step [--dtype auto|bf16|fp32] [--rounds 8] [--threads 2] [--json]
+    python -m benchmarks.grpo_step [--shape dense|v3] [--dtype auto|bf16|fp32] [--rounds 8] [--threads 2] [--json]
 
-Both train the same random Llama (hidden 256, 6 layers, byte-level vocabulary) from the same weights on the same
-prompts: 8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds alternate inside one process, so
+Both train the same random model from the same weights on the same prompts: a Llama (hidden 256, 6 layers, byte-level
+vocabulary), or with `--shape v3` the preset `mini` of DeepSeek-V3 (59 million parameters with a larger vocabulary).
+A step is 8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds alternate inside one process, so
 what else the machine does hits both; `ratio` is the median of the paired ratios. End-of-sequence is not a stop on our
 side and has no probability on theirs, so all 64 tokens are always drawn. Both reward the share of digits in the
 answer. auto, the default, is the type this CPU multiplies faster, on both sides. Before anything is timed the two
@@ -27,7 +28,9 @@ import torch
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.rollouts import Rollouts
 from sputnik.hardware import resolve_precision
-from sputnik.model.checkpoint import load_model
+from sputnik.model.checkpoint import load_model, save_model
+from sputnik.model.config import ModelConfig
+from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Problem, load_task
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import render
@@ -37,7 +40,8 @@ from sputnik.train.losses import Objective
 from sputnik.train.optim import adamw
 from sputnik.train.rollout import RolloutWorker, Sample, with_advantages
 
-PROMPTS, GROUP, NEW, GOAL, LR = 8, 8, 64, 2.5, 1e-4
+PROMPTS, GROUP, NEW, LR = 8, 8, 64, 1e-4
+GOALS = {"dense": 2.5, "v3": 4.0}
 DIGITS = frozenset("0123456789")
 
 
@@ -59,19 +63,23 @@ def problems(round_: int) -> list[Problem]:
     return [Problem(prompt=f"{n % 97:02d}+{n * 7 % 89:02d}=", gold=str(n % 97 + n * 7 % 89)) for n in numbers]
 
 
-def make_checkpoint(out: Path) -> Tokenizer:
-    """A random Llama in the Hugging Face layout, and a byte-level tokenizer that both sides read."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def make_checkpoint(out: Path, shape: str) -> Tokenizer:
+    """A random model in the Hugging Face layout, and a byte-level tokenizer that both sides read."""
     tok = Tokenizer.train([], SMALLEST_VOCABULARY)
     tok.save(out)
+    ids = {"bos_token_id": tok.bos_id, "eos_token_id": tok.eos_id, "pad_token_id": tok.pad_id}
+    if shape == "v3":
+        config = ModelConfig.preset("mini", vocab_size=tok.vocab_size, **ids)
+        save_model(Transformer(config).init_weights(torch.Generator().manual_seed(0)), out)
+        return tok
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    config = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=tok.vocab_size, hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=tok.bos_id,
-        eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, **ids,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(out)
+    LlamaForCausalLM(llama).save_pretrained(out)
     return tok
 
 
@@ -197,14 +205,14 @@ def phases(rounds: Sequence[Round]) -> dict[str, float]:
     }
 
 
-def compare(dtype: str, rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
+def compare(shape: str, dtype: str, rounds: int, report: Callable[[str], None]) -> dict[str, Any]:
     """Run both sides, `rounds` timed steps each after one that warms up; returns the JSON line."""
     import trl
 
     ours: list[Round] = []
     with tempfile.TemporaryDirectory() as folder, VerifierPool("arithmetic") as pool:
         checkpoint = Path(folder)
-        tok = make_checkpoint(checkpoint)
+        tok = make_checkpoint(checkpoint, shape)
         difference = check_logits(checkpoint)
         us = Ours(checkpoint, tok, pool, dtype)
         noise = busy_others()
@@ -219,9 +227,9 @@ def compare(dtype: str, rounds: int, report: Callable[[str], None]) -> dict[str,
     ratios = sorted(their.wall / our.wall for our, their in zip(ours, theirs, strict=True))
     mine, peer = phases(ours), phases(theirs)
     return {
-        "case": "grpo_step", "peer": f"trl {trl.__version__}", "dtype": dtype,
+        "case": "grpo_step", "shape": shape, "peer": f"trl {trl.__version__}", "dtype": dtype,
         "ours": round(tokens / mine["step_s"], 1), "theirs": round(tokens / peer["step_s"], 1),
-        "ratio": round(statistics.median(ratios), 2), "goal": GOAL, "unit": "tok/s",
+        "ratio": round(statistics.median(ratios), 2), "goal": GOALS[shape], "unit": "tok/s",
         "ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
         "cpu_ratio": round(peer["cpu_s"] / mine["cpu_s"], 2),
         "ours_phases": mine, "theirs_phases": peer, "rounds": rounds, "threads": torch.get_num_threads(),
@@ -231,6 +239,7 @@ def compare(dtype: str, rounds: int, report: Callable[[str], None]) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=tuple(GOALS), default="dense")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
@@ -239,7 +248,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     quiet = args.json
     dtype = resolve_precision(args.dtype)
-    line = compare(dtype, args.rounds, lambda text: None if quiet else print(text, file=sys.stderr))
+    line = compare(args.shape, dtype, args.rounds, lambda text: None if quiet else print(text, file=sys.stderr))
     print(json.dumps(line))
 
 
