@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from tyro.conf import Positional, UseAppendAction
@@ -62,6 +63,9 @@ class FrontConfig:
     Its key, or keys with commas between: SPUTNIK_UPSTREAM_KEY, or in the file that SPUTNIK_UPSTREAM_KEY_FILE names."""
     affinity: bool = False
     """Conversations that begin alike go to the same upstream, where its cache has them."""
+    log: Path | None = None
+    """A file for the log, a JSON object per line; else stderr, as sentences on a terminal."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,7 @@ class ServeConfig(FrontConfig):
             str(path), self.host, self.port, self.metrics_port, self.served_name, keys, temperature=self.temperature,
             top_p=self.top_p, max_tokens=self.max_tokens, queue=self.queue, max_wait=self.max_wait,
             per_key=self.per_key, drain=self.drain, upstreams=self._upstreams(upstream_keys or []),
+            log=None if self.log is None else str(self.log.absolute()), log_level=self.log_level,
             books=books,
         )  # fmt: skip
 
@@ -158,6 +163,7 @@ def main(config: ServeConfig) -> int:
     for package in (*PACKAGES, "httpx2") if config.upstream else PACKAGES:
         if find_spec(package) is None:
             raise MissingPackage(package.replace("_", "-"), extra="serve")
+    _check_watchers(config.log)
     _check_free(config.host, config.port)
     _check_free("127.0.0.1", config.metrics_port)
     given = [key.strip() for key in os.environ.pop("SPUTNIK_API_KEY", "").split(",") if key.strip()]
@@ -217,6 +223,19 @@ def _welcome(config: ServeConfig, key: str | None) -> None:
         "  stop     Ctrl-C",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _check_watchers(log: Path | None) -> None:
+    """That the gateway will be able to write its log and its traces."""
+    from sputnik.serve.tracing import asked_for
+
+    if asked_for(os.environ) and (find_spec("opentelemetry") is None or find_spec("opentelemetry.sdk") is None):
+        raise MissingPackage("opentelemetry-sdk", extra="otel")
+    try:
+        if log is not None:
+            log.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--log {log}: {error.strerror or error}") from None
 
 
 def _check_free(host: str, port: int) -> None:

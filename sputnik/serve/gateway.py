@@ -18,9 +18,11 @@ import msgspec
 from sputnik.errors import MissingPackage
 from sputnik.serve.beats import Beat, Pulse
 from sputnik.serve.guard import App
+from sputnik.serve.logs import Journal, Watched
 from sputnik.serve.service import Service
 from sputnik.serve.settings import GatewaySettings
 from sputnik.serve.titles import set_title
+from sputnik.serve.tracing import make_tracer
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 HEADER_MILLISECONDS = 10_000
@@ -53,7 +55,9 @@ async def serve(settings: GatewaySettings) -> int:
     from sputnik.serve.app import make_app, make_operator_app
 
     service = Service(settings)
-    app = _before_others(service, settings) if settings.upstreams else make_app(service, hosts_of(settings.host))
+    inner = _before_others(service, settings) if settings.upstreams else make_app(service, hosts_of(settings.host))
+    tracer = make_tracer(os.environ)
+    app = Watched(inner, service, tracer)
     if settings.beats is not None:
         Pulse(
             settings.beats, lambda: Beat(service.state, service.turns, len(service.requests))
@@ -81,6 +85,8 @@ async def serve(settings: GatewaySettings) -> int:
         await asyncio.wait_for(asyncio.gather(*running), 5)
     if service.books is not None and not await service.books.finish(BOOKS_SECONDS):
         print("gateway: the last usage could not be written down", file=sys.stderr, flush=True)
+    if tracer is not None:
+        tracer.close()
     return 0 if drained else 1
 
 
@@ -98,7 +104,11 @@ def main(settings: GatewaySettings) -> int:
     set_title("sputnik gateway")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file, and many allow 1,024
-    return asyncio.run(serve(settings))
+    journal = Journal(settings.log, settings.log_level)
+    try:
+        return asyncio.run(serve(settings))
+    finally:
+        journal.close()
 
 
 if __name__ == "__main__":

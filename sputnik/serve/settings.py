@@ -79,3 +79,6 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     books: BookSettings | None = None
     """None: nothing is written down, and there are no keys but `keys`."""
     upstreams: UpstreamSettings | None = None
+    log: str | None = None
+    """A file; None: stderr."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -13,7 +13,7 @@ real token before it is trusted again. Keys are sent to upstreams and go nowhere
 import asyncio
 import contextlib
 import hashlib
-import sys
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from typing import Any, Protocol
@@ -25,6 +25,7 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.settings import UpstreamSettings
 from sputnik.serve.upstreams.breaker import Breaker, Kind
 
+LOG = logging.getLogger("sputnik")
 PROBE_SECONDS = 5.0
 TOKEN_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
@@ -159,7 +160,7 @@ class Fleet:
 
     def failed(self, replica: Replica, kind: Kind, reason: str) -> None:
         if not replica.reason and not replica.models:
-            print(f"gateway: {replica.name} does not answer yet: {reason}", file=sys.stderr, flush=True)
+            LOG.warning("upstream does not answer yet", extra={"fields": {"upstream": replica.name, "reason": reason}})
         replica.reason = reason
         self._change(replica, lambda: replica.breaker.failed(kind, time.monotonic()))
 
@@ -168,9 +169,8 @@ class Fleet:
         happens()
         if replica.breaker.up == was:
             return
-        print(
-            f"gateway: {replica.name} is {'up' if not was else f'down: {replica.reason}'}", file=sys.stderr, flush=True
-        )
+        told = {"upstream": replica.name} | ({"reason": replica.reason} if was else {})
+        LOG.warning("upstream down" if was else "upstream up", extra={"fields": told})
         self._resized(self.settings.slots * sum(each.breaker.up for each in self.replicas))
         if was:
             for flight in list(replica.flights):
@@ -187,8 +187,10 @@ class Fleet:
                     await self._token(replica)
             except TimeoutError:
                 self.failed(replica, "probe", "it did not answer a probe in time")
-            except (httpx2.HTTPError, ValueError) as error:
-                self.failed(replica, "probe", str(error) or type(error).__name__)
+            except httpx2.HTTPError as error:
+                self.failed(replica, "probe", type(error).__name__)
+            except ValueError as error:
+                self.failed(replica, "probe", str(error))
             else:
                 self.worked(replica, "probe")
             await asyncio.sleep(self.settings.every)

@@ -97,7 +97,8 @@ class Forward:
         prompt = count(self._usage, "prompt_tokens") or (self._wish.prompt if self.produced else 0)
         thought = thought_tokens(self._usage)
         return Tally(
-            self.arrived, self.first, prompt, cached_tokens(self._usage), self.produced, thought, tuple(ends)
+            self.arrived, self.first, prompt, cached_tokens(self._usage), self.produced, thought, tuple(ends),
+            self._wish.model, self.worker,
         )  # fmt: skip
 
     async def more(self) -> bytes:
@@ -176,8 +177,10 @@ class Forward:
             if self._end is not None and time.monotonic() >= self._end:
                 raise Refusal(503, "its deadline passed", code="deadline") from None
             raise Failed("it fell silent") from None
-        except (httpx2.HTTPError, ValueError) as error:
-            raise Failed(str(error) or type(error).__name__) from None
+        except httpx2.HTTPError as error:  # whose text may quote what came
+            raise Failed(type(error).__name__) from None
+        except ValueError as error:
+            raise Failed(str(error)) from None
         finally:
             self._scope = None
 
@@ -206,7 +209,8 @@ class Forward:
 
     async def _chunk(self, frame: dict[str, Any]) -> None:
         if frame.get("error"):
-            raise ValueError(f"it says {_message(frame)!r}")
+            said = Refusal(503, f"the upstream failed: {_message(frame)}", code="upstream_failed", retry_after=5)
+            raise Failed("it sent an error", said)
         self._note(frame)
         found = choices(frame)
         for choice in found:
