@@ -19,6 +19,8 @@ VERBS = {
     "run": ("sputnik.cli.run:RunConfig", "run the stages of a recipe, each once, resumable"),
     "eval": ("sputnik.cli.eval:EvalModelConfig", "score a model on a task, with error bars"),
     "serve": ("sputnik.cli.serve:ServeConfig", "answer over HTTP as OpenAI and DeepSeek do: API server"),
+    "keys": ("sputnik.cli.keys:KeysConfig", "keys of the API server: create, list, revoke"),
+    "usage": ("sputnik.cli.usage:UsageConfig", "what each key used, in tokens and money"),
     "chat": ("sputnik.cli.chat:ChatConfig", "talk to a model in the terminal, its thinking shown"),
     "generate": ("sputnik.cli.generate:GenerateConfig", "answer a file of prompts, many at a time, resumable"),
     "rl": ("sputnik.cli.rl:RlVerbConfig", "teach a model to reason by rewards that a program can check"),
