@@ -74,16 +74,18 @@ class Journal:
 
 
 class _Queued(logging.handlers.QueueHandler):
-    dropped = 0
+    def __init__(self, lines: queue.Queue[Any]) -> None:
+        super().__init__(lines)
+        self._lines, self._dropped = lines, 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
-        if self.dropped:
-            record.__dict__.setdefault("fields", {})["lines_dropped"] = self.dropped
-        if self.queue.qsize() < WAITING:
-            self.queue.put_nowait(record)
-            self.dropped = 0
+        if self._dropped:
+            record.__dict__.setdefault("fields", {})["lines_dropped"] = self._dropped
+        if self._lines.qsize() < WAITING:
+            self._lines.put_nowait(record)
+            self._dropped = 0
         else:
-            self.dropped += 1
+            self._dropped += 1
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         record.exc_info = record.exc_text = None  # messages of exceptions may quote a request

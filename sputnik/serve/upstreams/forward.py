@@ -209,8 +209,8 @@ class Forward:
 
     async def _chunk(self, frame: dict[str, Any]) -> None:
         if frame.get("error"):
-            said = Refusal(503, f"the upstream failed: {_message(frame)}", code="upstream_failed", retry_after=5)
-            raise Failed("it sent an error", said)
+            refused = Refusal(503, f"the upstream failed: {_message(frame)}", code="upstream_failed", retry_after=5)
+            raise Failed("it sent an error", refused)
         self._note(frame)
         found = choices(frame)
         for choice in found:
