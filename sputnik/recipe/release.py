@@ -80,7 +80,7 @@ def release(
         if most_mb is not None and size > most_mb * 1e6:
             raise ConfigError(f"{model.name}: {size / 1e6:.1f} MB of weights, and {most_mb:g} MB are allowed")
         result = evaluate_checkpoint(draft, settings, on_progress=on_progress)
-        facts = _facts(run, model, words, result) | {"bytes": size}
+        facts = _facts(run, model, words, result) | {"bytes": size, "settings": dataclasses.asdict(settings)}
         (draft / "card.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(render_card(facts), encoding="utf-8")
     return facts
