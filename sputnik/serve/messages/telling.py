@@ -41,7 +41,7 @@ class MessagesTeller:
         return _event(last) + _event({"type": "message_stop"})
 
     def failed(self, refusal: Refusal) -> bytes:
-        return b"event: error\ndata: " + refusal.told(PATH, self._head.id)[2] + b"\n\n"
+        return b"event: error\ndata: " + refusal.told(PATH, self._head.id.removeprefix("msg_"))[2] + b"\n\n"
 
     def silence(self, text: str) -> bytes:
         return _event({"type": "ping"})
