@@ -244,6 +244,11 @@ class Admission:
         position = line.index(ticket)
         return Place(position, self._wait(sum(each.cost for each in line[:position])))
 
+    @property
+    def wait(self) -> float | None:
+        """Seconds for one who comes now, where the speed is known."""
+        return self._wait(self._ahead())
+
     def _wait(self, ahead: float) -> float | None:
         """Seconds until one starts that has so many tokens ahead of it in the queue: those, and one end."""
         if not ahead and self.running < self.slots:

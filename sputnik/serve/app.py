@@ -30,6 +30,7 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.responses.routes import add_responses
 from sputnik.serve.responses.shelf import Shelf
 from sputnik.serve.service import Service
+from sputnik.serve.status import page, report
 from sputnik.serve.telling import ChatTeller, CompletionTeller, Head, Teller
 
 
@@ -70,6 +71,8 @@ def _beside(routes: "Routes") -> APIRouter:
     add("/health", routes.health, methods=get, openapi_extra=speaks(None, "Status"))
     add("/ready", routes.ready, methods=get, openapi_extra=speaks(None, "Status"))
     add("/version", routes.version, methods=get, openapi_extra=speaks(None, "Version"))
+    add("/status", routes.status, methods=get, include_in_schema=False)
+    add("/status.json", routes.status_json, methods=get, include_in_schema=False)
     return beside
 
 
@@ -183,6 +186,14 @@ class Routes:
         if await self._service.ready():
             return JSONResponse({"status": "ready"})
         raise Refusal(503, f"not ready: {self._service.state}", code=self._service.state, retry_after=1)
+
+    async def status(self) -> Response:
+        """What probes have found, for people."""
+        text, headers = page(report(self._service, self._service.board), self._service.settings.name or "Sputnik")
+        return Response(text, 200, headers, "text/html")
+
+    async def status_json(self) -> Response:
+        return JSONResponse(report(self._service, self._service.board))
 
     async def version(self) -> Response:
         return JSONResponse({"version": __version__})

@@ -21,6 +21,7 @@ from sputnik.serve.guard import App
 from sputnik.serve.logs import Journal, Watched
 from sputnik.serve.service import Service
 from sputnik.serve.settings import GatewaySettings
+from sputnik.serve.status import watch
 from sputnik.serve.titles import set_title
 from sputnik.serve.tracing import make_tracer
 
@@ -68,6 +69,7 @@ async def serve(settings: GatewaySettings) -> int:
         http_server(make_operator_app(service), "127.0.0.1", settings.operator_port),
     ]
     running = [asyncio.create_task(server.serve()) for server in servers]
+    tasks.append(asyncio.create_task(watch(service, service.board, settings.host, settings.port, settings.probe)))
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     stopping = asyncio.create_task(stop.wait())

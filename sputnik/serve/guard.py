@@ -21,7 +21,7 @@ from sputnik.serve.service import Service
 MAX_BODY = 1 << 20
 BODY_SECONDS = 12.0
 """That a body may take to arrive."""
-OPEN = frozenset({"/health", "/ready", "/version"})
+OPEN = frozenset({"/health", "/ready", "/version", "/status", "/status.json"})
 """Paths that say nothing about anybody, and ask for no key."""
 GENERATING = ("/chat/completions", "/completions", "/responses", "/messages")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")

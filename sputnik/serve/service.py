@@ -20,6 +20,7 @@ from typing import Literal, Protocol
 from sputnik.serve import wire
 from sputnik.serve.admission import Admission, Full, Limits, Place, Ticket
 from sputnik.serve.asking import Asking, Defaults
+from sputnik.serve.board import Board
 from sputnik.serve.books.books import Books, Tab
 from sputnik.serve.generations import Asked, Job
 from sputnik.serve.identity import Identity, Keyring
@@ -106,6 +107,7 @@ class Service:
         self.link = Link(settings.socket, self._joined, self.stepped)
         self.engine: Engine = self.link
         self.measures = Measures()
+        self.board = Board(time.time())
         self.asking: Asking | None = None
         """There once a worker has been."""
         self.fingerprint = ""

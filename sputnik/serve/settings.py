@@ -79,6 +79,8 @@ class GatewaySettings(msgspec.Struct, frozen=True):
     books: BookSettings | None = None
     """None: nothing is written down, and there are no keys but `keys`."""
     upstreams: UpstreamSettings | None = None
+    probe: float = 15.0
+    """Seconds between probes for the status page."""
     log: str | None = None
     """A file; None: stderr."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

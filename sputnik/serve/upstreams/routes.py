@@ -39,7 +39,8 @@ def make_upstream_app(service: Service, fleet: Fleet, hosts: Collection[str] | N
         api.add_api_route("/requests/{id}/cancel", ours.cancel, methods=post)
         app.include_router(api, include_in_schema=prefix == "/v1")
     app.add_api_route("/user/balance", ours.balance, methods=["GET"])
-    for path, answer in (("/health", ours.health), ("/ready", ours.ready), ("/version", ours.version)):
+    beside = {"/health": ours.health, "/ready": ours.ready, "/version": ours.version, "/status": ours.status}
+    for path, answer in (beside | {"/status.json": ours.status_json}).items():
         app.add_api_route(path, answer, methods=["GET"])
     add_errors(app)
     return Guard(Repeats(app, service.books), service, hosts)

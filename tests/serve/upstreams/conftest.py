@@ -246,8 +246,8 @@ def start_gateway() -> Iterator[Callable[..., Gateway]]:
     """Gateways of one's own, before these addresses."""
     started: list[Gateway] = []
 
-    def start(urls: list[str], keys: list[str], log: str | None = None, **more: Any) -> Gateway:
-        started.append(Gateway(UpstreamSettings(urls, keys, **more), log=log))
+    def start(urls: list[str], keys: list[str], log: str | None = None, probe: float = 15.0, **more: Any) -> Gateway:
+        started.append(Gateway(UpstreamSettings(urls, keys, **more), log=log, probe=probe))
         return started[-1]
 
     yield start

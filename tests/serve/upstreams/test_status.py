@@ -1,0 +1,109 @@
+"""The status page: what the board keeps, what the page may do, and a real gateway whose engine goes and comes back."""
+
+import base64
+import hashlib
+import json
+import re
+import urllib.request
+from collections.abc import Callable
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from sputnik.serve.board import BUCKET, DAY, INCIDENTS, Board
+from sputnik.serve.status import BARS, bars, page
+
+NOW = 1_800_000_000.0
+
+
+def state(board: Board, now: float, name: str = "engine") -> dict[str, Any]:
+    return board.report(now)["components"][name]
+
+
+def test_what_was_not_probed_is_unknown_and_never_up() -> None:
+    board = Board(NOW)
+    found = state(board, NOW)
+    assert found["state"] == "unknown" and found["uptime"] is None and set(found["day"]) == {None}
+    board.note("engine", True, "", NOW)
+    assert state(board, NOW)["state"] == "up" and state(board, NOW + 121)["state"] == "unknown"
+    assert state(board, NOW, "API")["state"] == "unknown"
+    assert len(state(board, NOW)["day"]) == DAY // BUCKET and state(board, NOW)["day"][-1] == 1.0
+
+
+def test_uptime_is_the_share_of_good_probes_and_an_incident_has_two_ends() -> None:
+    board = Board(NOW)
+    for second in range(0, 1000, 10):
+        board.note("engine", not 300 <= second < 400, "no token came in time", NOW + second)
+    found = board.report(NOW + 1000)
+    assert found["components"]["engine"]["uptime"] == pytest.approx(0.9)
+    (incident,) = found["incidents"]
+    assert (incident["began"], incident["ended"]) == (NOW + 300, NOW + 400)
+    assert incident["reason"] == "no token came in time"
+    board.note("engine", False, "gone", NOW + 1010)
+    assert board.report(NOW + 1010)["incidents"][0]["ended"] is None and state(board, NOW + 1010)["reason"] == "gone"
+
+
+def test_a_day_is_kept_and_no_more_however_long_it_runs() -> None:
+    board = Board(NOW)
+    for probe in range(4 * 2880):  # two days, twice a minute; the first of them bad
+        board.note("engine", probe >= 2880, "bad", NOW + 15 * probe)
+    end = NOW + 15 * 4 * 2880
+    assert state(board, end)["uptime"] == 1.0 and state(board, end)["probes"] <= DAY / 15
+    for flap in range(4 * INCIDENTS):
+        board.note("API", bool(flap % 2), "flaps", end + flap)
+    assert len(board.report(end + 1000)["incidents"]) == INCIDENTS
+
+
+def test_a_bar_shows_the_worst_of_its_time() -> None:
+    day: list[float | None] = [None] * 288
+    day[-1], day[-2], day[-4], day[-9] = 1.0, 0.5, 1.0, 0.0
+    found = bars(day)
+    assert len(found) == BARS and found[-4:] == ["unknown", "down", "up", "part"]
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, [name for name, _ in attrs]))
+
+
+def test_the_page_has_no_script_and_could_run_none() -> None:
+    board = Board(NOW)
+    board.note("engine", False, "<script>alert(1)</script>", NOW)
+    found = board.report(NOW) | {"wait": {"requests": 3, "seconds": 7.4}, "state": "down"}
+    text, headers = page(found, "<img src=x onerror=alert(1)>")
+    tags = Tags()
+    tags.feed(text)
+    assert not {"script", "img", "iframe", "object", "form"} & {tag for tag, _ in tags.seen}
+    assert not [names for _, names in tags.seen if any(name.startswith("on") or name == "style" for name in names)]
+    assert "3 requests wait, about\n7 s" in text and "&lt;script&gt;" in text
+    (style,) = re.findall(r"<style>(.*)</style>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy and f"style-src 'sha256-{digest}'" in policy and "unsafe" not in policy
+
+
+def test_an_engine_that_goes_and_comes_back_is_an_incident(fakes: list[Any], start_gateway: Callable[..., Any]) -> None:
+    for fake in fakes:
+        fake.reset()
+    gateway = start_gateway([fakes[0].url], [], probe=0.1, every=0.05)
+
+    def engine(wanted: str) -> bool:
+        status, body = gateway.get("/status.json")
+        return status == 200 and json.loads(body)["components"]["engine"]["state"] == wanted
+
+    gateway.until(lambda: engine("up"))
+    fakes[0].alive = False
+    gateway.until(lambda: engine("down"))
+    fakes[0].reset()
+    gateway.until(lambda: engine("up"))
+    found = json.loads(gateway.get("/status.json")[1])
+    (incident,) = found["incidents"]
+    assert incident["component"] == "engine" and incident["began"] < incident["ended"]
+    assert 0 < found["components"]["engine"]["uptime"] < 1 and found["components"]["API"]["uptime"] == 1
+    with urllib.request.urlopen(f"{gateway.url}/status", timeout=30) as reply:  # without a key
+        assert reply.headers["content-type"].startswith("text/html") and b"Everything works" in reply.read()
