@@ -141,6 +141,11 @@ class Books:
 
     # --- requests ---
 
+    @property
+    def ready(self) -> bool:
+        """The database has been read, and can be written to."""
+        return self._joined and self.clerk.down is None
+
     def check(self, identity: Identity, repeats: bool = False) -> None:
         """Whether anything billable may begin. `repeats`: it may be answered from what is kept, which costs nothing."""
         if self.clerk.down is not None:

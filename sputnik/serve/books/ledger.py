@@ -144,10 +144,11 @@ def join(connection: Connection, gateway: str) -> None:
 def open_account(connection: Connection, id: str, budget: int | None) -> bool:
     """False: it is there already."""
     row = dict(id=id, budget=budget, spent=0, held=0)
-    made = connection.execute(kind_of(connection).insert(Account).values(**row).on_conflict_do_nothing())
-    if made.rowcount and budget is not None:
+    asked = kind_of(connection).insert(Account).values(**row).on_conflict_do_nothing().returning(Account.id)
+    made = connection.execute(asked).first() is not None
+    if made and budget is not None:
         _enter(connection, id, "grant", BANK, _key(id), budget)
-    return bool(made.rowcount)
+    return made
 
 
 def _take(connection: Connection, asked: Reservation) -> Purse | None:

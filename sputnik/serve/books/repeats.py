@@ -148,8 +148,8 @@ class _Entry:
         now = int(time.time())
         connection.execute(delete(Repeat).where(Repeat.name == self._name, Repeat.at < now - DAY))
         row = dict(name=self._name, body=self._body, gateway=self._books.id, at=now)
-        made = connection.execute(kind_of(connection).insert(Repeat).values(**row).on_conflict_do_nothing())
-        if made.rowcount:
+        asked = kind_of(connection).insert(Repeat).values(**row).on_conflict_do_nothing().returning(Repeat.name)
+        if connection.execute(asked).first() is not None:
             return None
         found = connection.execute(select(Repeat.body, Repeat.answer).where(Repeat.name == self._name)).one()
         return found.body, found.answer
