@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, TextClause, delete, func, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from sputnik.serve.books.prices import Price, Tokens
@@ -23,6 +23,32 @@ from sputnik.serve.books.tables import Account, Entry, Gateway, Key, Repeat, Req
 DAY = 86_400
 BANK, SOLD = "bank", "sold"
 CRASHED = "crashed"
+# What every request does, as text: SQLAlchemy takes longer to put such statements together than databases to run them.
+TAKE = TextClause(
+    "UPDATE accounts SET held = held + :amount WHERE id = :account"
+    " AND (budget IS NULL OR spent + held + :amount <= budget) RETURNING budget, spent, held"
+)
+PAY = TextClause(
+    "UPDATE accounts SET spent = spent + :cost, held = held - :reserved WHERE id = :account"
+    " RETURNING budget, spent, held"
+)
+OPEN = TextClause(
+    "INSERT INTO requests (id, account, model, gateway, sent, hit_price, miss_price, output_price, reserved,"
+    " hit, miss, output, reasoning)"
+    " VALUES (:id, :account, :model, :gateway, :sent, :hit, :miss, :output, :reserved, 0, 0, 0, 0)"
+)
+NOTE = TextClause(
+    "UPDATE requests SET hit = :hit, miss = :miss, output = :output, reasoning = :reasoning"
+    " WHERE id = :id AND ended IS NULL"
+)
+END = TextClause(
+    "UPDATE requests SET hit = :hit, miss = :miss, output = :output, reasoning = :reasoning, ended = :ended"
+    " WHERE id = :id AND ended IS NULL RETURNING account, reserved, hit_price, miss_price, output_price"
+)
+ENTER = TextClause(
+    "INSERT INTO entries (request, kind, source, target, amount, at)"
+    " VALUES (:request, :kind, :source, :target, :amount, :at)"
+)
 
 
 @dataclass(frozen=True)
@@ -75,50 +101,35 @@ def reserve(connection: Connection, asked: Reservation) -> Purse | None:
             return None
         purse = _take(connection, asked)
     price = asked.price
-    connection.execute(
-        insert(Request).values(
-            id=asked.id, account=asked.account, model=asked.model, gateway=asked.gateway, sent=asked.sent,
-            hit_price=price.hit, miss_price=price.miss, output_price=price.output, reserved=asked.amount,
-        )
+    row = dict(
+        id=asked.id, account=asked.account, model=asked.model, gateway=asked.gateway, sent=asked.sent,
+        hit=price.hit, miss=price.miss, output=price.output, reserved=asked.amount,
     )  # fmt: skip
-    _enter(connection, asked.id, "reserve", _key(asked.account), _held(asked.account), asked.amount)
+    connection.execute(OPEN, row)
+    _enter(connection, asked.id, ("reserve", _key(asked.account), _held(asked.account), asked.amount))
     return purse
 
 
 def settle(connection: Connection, id: str, tokens: Tokens, ended: str) -> tuple[str, Purse] | None:
     """Its account, and what that has now."""
-    values = dict(hit=tokens.hit, miss=tokens.miss, output=tokens.output, reasoning=tokens.reasoning, ended=ended)
-    row = connection.execute(
-        update(Request)
-        .where(Request.id == id, Request.ended.is_(None))
-        .values(**values)
-        .returning(Request.account, Request.reserved, Request.hit_price, Request.miss_price, Request.output_price)
-    ).one_or_none()
+    row = connection.execute(END, {"id": id, "ended": ended} | _counts(tokens)).one_or_none()
     if row is None:
         return None
     key, held = _key(row.account), _held(row.account)
     cost = Price(row.hit_price, row.miss_price, row.output_price).cost(tokens)
+    entries = [("settle", held, SOLD, cost)]
     if cost > row.reserved:
-        _enter(connection, id, "extend", key, held, cost - row.reserved)
-    _enter(connection, id, "settle", held, SOLD, cost)
-    if cost < row.reserved:
-        _enter(connection, id, "release", held, key, row.reserved - cost)
-    found = connection.execute(
-        update(Account)
-        .where(Account.id == row.account)
-        .values(spent=Account.spent + cost, held=Account.held - row.reserved)
-        .returning(Account.budget, Account.spent, Account.held)
-    ).one()
-    return row.account, Purse(*found)
+        entries.insert(0, ("extend", key, held, cost - row.reserved))
+    elif cost < row.reserved:
+        entries.append(("release", held, key, row.reserved - cost))
+    _enter(connection, id, *entries)
+    paid = {"account": row.account, "cost": cost, "reserved": row.reserved}
+    return row.account, Purse(*connection.execute(PAY, paid).one())
 
 
 def note(connection: Connection, id: str, tokens: Tokens) -> None:
     """How far a request is: what it is settled with if its gateway dies."""
-    connection.execute(
-        update(Request)
-        .where(Request.id == id, Request.ended.is_(None))
-        .values(hit=tokens.hit, miss=tokens.miss, output=tokens.output, reasoning=tokens.reasoning)
-    )
+    connection.execute(NOTE, {"id": id} | _counts(tokens))
 
 
 def recover(connection: Connection, gateway: str) -> int:
@@ -147,24 +158,24 @@ def open_account(connection: Connection, id: str, budget: int | None) -> bool:
     asked = kind_of(connection).insert(Account).values(**row).on_conflict_do_nothing().returning(Account.id)
     made = connection.execute(asked).first() is not None
     if made and budget is not None:
-        _enter(connection, id, "grant", BANK, _key(id), budget)
+        _enter(connection, id, ("grant", BANK, _key(id), budget))
     return made
 
 
 def _take(connection: Connection, asked: Reservation) -> Purse | None:
-    taken = Account.spent + Account.held + asked.amount
-    row = connection.execute(
-        update(Account)
-        .where(Account.id == asked.account, or_(Account.budget.is_(None), taken <= Account.budget))
-        .values(held=Account.held + asked.amount)
-        .returning(Account.budget, Account.spent, Account.held)
-    ).one_or_none()
+    row = connection.execute(TAKE, {"account": asked.account, "amount": asked.amount}).one_or_none()
     return None if row is None else Purse(*row)
 
 
-def _enter(connection: Connection, request: str, kind: str, source: str, target: str, amount: int) -> None:
-    row = dict(request=request, kind=kind, source=source, target=target, amount=amount, at=int(time.time()))
-    connection.execute(insert(Entry).values(**row))
+def _enter(connection: Connection, request: str, *entries: tuple[str, str, str, int]) -> None:
+    """Kind, source, target and amount of each."""
+    now = int(time.time())
+    names = ("kind", "source", "target", "amount")
+    connection.execute(ENTER, [dict(zip(names, entry)) | {"request": request, "at": now} for entry in entries])
+
+
+def _counts(tokens: Tokens) -> dict[str, int]:
+    return dict(hit=tokens.hit, miss=tokens.miss, output=tokens.output, reasoning=tokens.reasoning)
 
 
 def kind_of(connection: Connection) -> Any:
