@@ -102,11 +102,14 @@ class LLM:
                 stream.close()
 
     def chat(
-        self, messages: Messages, params: SamplingParams | None = None, thinking: bool = True, tools: Messages = ()
+        self, messages: Messages | str, params: SamplingParams | None = None, thinking: bool = True, tools: Messages = ()
     ) -> Result:
-        """The model's turn after `messages` ({"role", "content"}). Many at once: `generate([render(m) for m in ...])`.
+        """The model's turn after `messages` ({"role", "content"}), or its answer to a question. Many at once:
+        `generate([render(m) for m in ...])`.
 
         What earlier turns have computed is taken from the cache."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
         return self._ask(messages, params, thinking, tools).result()
 
     def stream(

@@ -121,6 +121,10 @@ def test_stop_strings_end_the_answer_and_never_show(llm: LLM) -> None:
     assert idle(llm)
 
 
+def test_a_question_alone_is_a_message_of_the_user(llm: LLM) -> None:
+    assert llm.chat(QUESTION[0]["content"], THOUGHT).text == llm.chat(QUESTION, THOUGHT).text
+
+
 def test_stop_strings_leave_the_thought_alone(llm: LLM) -> None:
     free = llm.chat(QUESTION, THOUGHT)
     assert free.thinking and free.text
