@@ -15,6 +15,7 @@ import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from sputnik import __version__
 from sputnik.serve.answering import answer, called, reading
@@ -169,7 +170,7 @@ class Routes:
         """The text of ids."""
         call, asking = called(self._service, request)
         body = parse(call.body, DetokenizeRequest)
-        return JSONResponse({"prompt": asking.text(body.tokens)})
+        return JSONResponse({"prompt": asking.text(body.tokens, body.model)})
 
     async def balance(self, request: Request) -> Response:
         """What is left of the key's budget; without a budget there is nothing to tell."""
@@ -216,7 +217,11 @@ async def _not_there(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     text = "no such route: see /openapi.json" if error.status_code == 404 else str(error.detail)
     response = await _refused(request, Refusal(error.status_code, text))
-    response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        routes = [
+            each for each in request.app.routes if isinstance(each, Route) and each.path_regex.match(request.url.path)
+        ]
+        response.headers["allow"] = ", ".join(sorted({method for each in routes for method in each.methods or ()}))
     return response
 
 

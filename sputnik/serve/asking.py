@@ -227,6 +227,8 @@ class Asking:
 
     def tokens(self, request: TokenizeRequest) -> list[int]:
         """Ids of a text or a conversation."""
+        if request.model is not None:
+            self.check_model(request.model)
         if request.messages is not None:
             return list(self.prompt(request.messages, self.speech.thought is not None, request.tools or ()).ids)
         try:
@@ -235,7 +237,9 @@ class Asking:
         except DataError as error:
             raise Refusal(400, str(error), param="prompt") from None
 
-    def text(self, ids: Sequence[int]) -> str:
+    def text(self, ids: Sequence[int], model: str | None) -> str:
+        if model is not None:
+            self.check_model(model)
         if ids and max(ids) >= self.speech.tok.vocab_size:
             raise Refusal(400, f"token {max(ids)} is not in the vocabulary", param="tokens")
         return self.speech.tok.decode(ids)

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from sputnik.serve.fields import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from sputnik.serve.guard import OPEN
 from sputnik.serve.messages.fields import CountRequest, MessagesRequest
 from sputnik.serve.refusals import speaks_anthropic
 from sputnik.serve.responses.fields import ResponseRequest
@@ -56,6 +57,8 @@ STATUSES = {
 BODIES: tuple[type[msgspec.Struct], ...] = (
     ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, MessagesRequest, CountRequest, ResponseRequest,
 )  # fmt: skip
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+"""Of a stream, each."""
 STREAMED = ("ChatRequest", "CompletionRequest", "MessagesRequest", "ResponseRequest")
 
 
@@ -73,9 +76,12 @@ def describe(app: FastAPI, models: Sequence[str]) -> dict[str, Any]:
         model = schemas[refs[kind.__name__]["$ref"].rpartition("/")[2]]["properties"].get("model")
         if model is not None:
             model["enum"] = [*models, None] if "anyOf" in model else [*models]
+    schemas["MessageItem"]["required"].remove("type")  # an item that names none is a message
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             _describe(path, method.upper(), operation, refs)
+            if path in OPEN:
+                operation["security"] = []
     document["components"] = {
         "schemas": schemas | {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR},
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -92,7 +98,7 @@ def _describe(path: str, method: str, operation: dict[str, Any], refs: Mapping[s
     if reply is not None:
         found["200"] = _said("done", refs[reply])
         if body in STREAMED or "stream" in [each["name"] for each in operation.get("parameters", ())]:
-            found["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+            found["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     operation["responses"] = found | dict.fromkeys((*STATUSES[method], *(("529",) if anthropic else ())), error)
     if body is not None:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": refs[body]}}}

@@ -2,7 +2,6 @@
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta
 
 from sputnik.serve.fields import Annotation, Count, Stop, Strict, Text
@@ -16,6 +15,15 @@ class CacheControl(Strict, frozen=True):
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
+
+
+class PlainText(Strict, frozen=True):
+    """Where only text may stand."""
+
+    text: Text
+    type: Literal["text"]
+    cache_control: CacheControl | None = None
+    citations: Annotated[list[Any], Meta(max_length=0)] | None = None
 
 
 class Block(Strict, frozen=True, tag_field="type", kw_only=True):
@@ -47,7 +55,7 @@ class ToolUse(Block, frozen=True, tag="tool_use"):
 
 class ToolResult(Block, frozen=True, tag="tool_result"):
     tool_use_id: Id
-    content: Text | Annotated[list[TextBlock], Meta(max_length=64)] = ""
+    content: Text | Annotated[list[PlainText], Meta(max_length=64)] = ""
     is_error: bool | None = None
     """The model reads the content, which says so itself."""
 
@@ -102,7 +110,7 @@ class CountRequest(Strict, frozen=True, kw_only=True):
 
     model: Annotated[str, Meta(min_length=1, max_length=256)]
     messages: Annotated[list[Message], Meta(min_length=1, max_length=2000)]
-    system: Text | Annotated[list[TextBlock], Meta(max_length=64)] | None = None
+    system: Text | Annotated[list[PlainText], Meta(max_length=64)] | None = None
     thinking: Thinking | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
@@ -121,8 +129,5 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     service_tier: Literal["auto", "standard_only"] | None = None
 
 
-def plain(content: "str | list[TextBlock]") -> str:
+def plain(content: str | list[PlainText]) -> str:
     return content if isinstance(content, str) else "".join(block.text for block in content)
-
-
-REQUESTS: tuple[type[msgspec.Struct], ...] = (MessagesRequest, CountRequest)

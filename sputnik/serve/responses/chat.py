@@ -20,6 +20,7 @@ from sputnik.serve.responses.fields import (
     ObjectFormat,
     OneTool,
     OutputItem,
+    OutputPart,
     OutputText,
     RefusalText,
     ResponseRequest,
@@ -67,7 +68,7 @@ def _said(turns: list[ChatMessage], text: str, calls: list[Call]) -> None:
     )
 
 
-def _plain(content: str | Sequence[InputText | OutputText | RefusalText]) -> str:
+def _plain(content: str | Sequence[InputText | OutputText | OutputPart | RefusalText]) -> str:
     if isinstance(content, str):
         return content
     return "".join([part.refusal if isinstance(part, RefusalText) else part.text for part in content])

@@ -29,11 +29,18 @@ class RefusalText(Strict, frozen=True, tag_field="type", tag="refusal"):
     refusal: Text
 
 
-class SummaryText(Strict, frozen=True, tag_field="type", tag="summary_text"):
+class SummaryText(Strict, frozen=True):
+    type: Literal["summary_text"]
     text: Text
 
 
-class ReasoningText(Strict, frozen=True, tag_field="type", tag="reasoning_text"):
+class ReasoningText(Strict, frozen=True):
+    type: Literal["reasoning_text"]
+    text: Text
+
+
+class OutputPart(Strict, frozen=True):
+    type: Literal["input_text"]
     text: Text
 
 
@@ -59,7 +66,7 @@ class CallItem(Item, frozen=True, tag="function_call", kw_only=True):
 
 class OutputItem(Item, frozen=True, tag="function_call_output", kw_only=True):
     call_id: Id
-    output: Text | Annotated[list[InputText], Meta(max_length=64)]
+    output: Text | Annotated[list[OutputPart], Meta(max_length=64)]
 
 
 class ReasoningItem(Item, frozen=True, tag="reasoning", kw_only=True):
@@ -111,8 +118,13 @@ class OneTool(Strict, frozen=True, tag_field="type", tag="function"):
     name: Name
 
 
+class AllowedTool(Strict, frozen=True):
+    type: Literal["function"]
+    name: Name
+
+
 class AllowedTools(Strict, frozen=True, tag_field="type", tag="allowed_tools"):
-    tools: Annotated[list[OneTool], Meta(min_length=1, max_length=128)]
+    tools: Annotated[list[AllowedTool], Meta(min_length=1, max_length=128)]
     mode: Literal["auto", "required", "none"] = "auto"
 
 
