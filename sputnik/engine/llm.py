@@ -102,7 +102,11 @@ class LLM:
                 stream.close()
 
     def chat(
-        self, messages: Messages | str, params: SamplingParams | None = None, thinking: bool = True, tools: Messages = ()
+        self,
+        messages: Messages | str,
+        params: SamplingParams | None = None,
+        thinking: bool = True,
+        tools: Messages = (),
     ) -> Result:
         """The model's turn after `messages` ({"role", "content"}), or its answer to a question. Many at once:
         `generate([render(m) for m in ...])`.
