@@ -3,8 +3,8 @@
     python -m benchmarks.serving.paced_engine 20 < settings.json          a worker that takes 20 steps a second
 
 Scheduler, blocks of the cache, desk, wire and all that stands before them are the real ones; only the network is
-replaced: each step takes 1 / `steps` seconds, and the token of a sample is a function of its seed and place
-(`paced.answer`). 0 steps a second: as fast as it goes. Left out: logprobs, grammars, thoughts.
+replaced: each step takes 1 / `steps` seconds, more where it reads prompts, and the token of a sample is a function of
+its seed and place (`paced.answer`). 0 steps a second: as fast as it goes. Left out: logprobs, grammars, thoughts.
 """
 
 import sys
@@ -30,25 +30,25 @@ from sputnik.serve.settings import WorkerSettings
 from sputnik.text.tokenizer import Tokenizer
 
 CONTEXT = 8192
+PROMPT_TOKEN = 0.004
+"""What a token of a prompt adds to its step, in steps."""
 
 
 class PacedEngine(Engine):
-    """`steps` a second; who needs longer than that by itself goes as fast as it can."""
+    """A step takes 1 / `steps` seconds; one that needs longer by itself takes what it needs."""
 
     def __init__(self, llm: LLM, steps: float) -> None:
         super().__init__(llm.engine.model, llm.engine.eos_ids, llm.engine.config)
         self.runner, self.speculation = _Silent(), None  # type: ignore[assignment]
         self._letters = [llm.tok.encode(chr(byte))[0] for byte in range(128)]
-        self._pause, self._next = 1 / steps if steps else 0.0, 0.0
+        self._pause = 1 / steps if steps else 0.0
 
     def step(self) -> list[Event]:
-        if self._pause:
-            now = time.monotonic()
-            if self._next < now - self._pause:  # it stood still: no hurry to make up for it
-                self._next = now
-            time.sleep(max(0.0, self._next - now))
-            self._next += self._pause
-        return super().step()
+        begun, before = time.monotonic(), self.metrics.computed_tokens
+        events = super().step()
+        prompts = self.metrics.computed_tokens - before - len(events)
+        time.sleep(max(0.0, begun + self._pause * (1 + PROMPT_TOKEN * prompts) - time.monotonic()))
+        return events
 
     def _draw(self, rows: list[Sample], hidden: Tensor) -> Drawn:
         tokens = [self._letters[letter(each.seed, len(each.written))] for each in rows]

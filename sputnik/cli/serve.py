@@ -7,7 +7,6 @@ running answers finish; Ctrl-C once more does not.
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 from dataclasses import dataclass, fields
@@ -20,6 +19,7 @@ from tyro.conf import Positional, UseAppendAction
 
 from sputnik.errors import ConfigError, MissingPackage
 from sputnik.serve.identity import key_hash, new_key
+from sputnik.serve.ports import check_free
 from sputnik.serve.settings import BookSettings, GatewaySettings, Template, UpstreamSettings, WorkerSettings
 from sputnik.serve.supervisor import Child, Supervisor
 from sputnik.serve.titles import set_title
@@ -164,8 +164,8 @@ def main(config: ServeConfig) -> int:
         if find_spec(package) is None:
             raise MissingPackage(package.replace("_", "-"), extra="serve")
     _check_watchers(config.log)
-    _check_free(config.host, config.port)
-    _check_free("127.0.0.1", config.metrics_port)
+    check_free(config.host, config.port)
+    check_free("127.0.0.1", config.metrics_port)
     given = [key.strip() for key in os.environ.pop("SPUTNIK_API_KEY", "").split(",") if key.strip()]
     keys = given or [new_key()]
     books = None if config.database == "none" else _books(config)
@@ -236,16 +236,3 @@ def _check_watchers(log: Path | None) -> None:
             log.open("a").close()
     except OSError as error:
         raise ConfigError(f"--log {log}: {error.strerror or error}") from None
-
-
-def _check_free(host: str, port: int) -> None:
-    """ConfigError if somebody listens there already."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as trial:
-            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port"
-        ) from None

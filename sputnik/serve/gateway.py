@@ -15,10 +15,11 @@ from typing import Any
 
 import msgspec
 
-from sputnik.errors import MissingPackage
+from sputnik.errors import ConfigError, MissingPackage
 from sputnik.serve.beats import Beat, Pulse
 from sputnik.serve.guard import App
 from sputnik.serve.logs import Journal, Watched
+from sputnik.serve.ports import check_free
 from sputnik.serve.service import Service
 from sputnik.serve.settings import GatewaySettings
 from sputnik.serve.status import watch
@@ -106,6 +107,12 @@ def main(settings: GatewaySettings) -> int:
     set_title("sputnik gateway")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is a file, and many allow 1,024
+    try:
+        check_free(settings.host, settings.port)
+        check_free("127.0.0.1", settings.operator_port)
+    except ConfigError as error:
+        print(f"gateway: {error}", file=sys.stderr, flush=True)
+        return 1  # the one before us may still be saying goodbye: it is tried again
     journal = Journal(settings.log, settings.log_level)
     try:
         return asyncio.run(serve(settings))

@@ -58,7 +58,7 @@ class Server:
     """`sputnik serve` as a user starts it, and what it says."""
 
     def __init__(self, model: Path, *flags: str, program: tuple[str, ...] = ("sputnik", "serve")) -> None:
-        self.port, self.operator_port = free_port(), free_port()
+        self.model, self.port, self.operator_port = model, free_port(), free_port()
         self.url, self.key = f"http://127.0.0.1:{self.port}", KEY
         command = [sys.executable, "-m", *program, str(model), "--port", str(self.port)]
         self.process = subprocess.Popen(
@@ -182,7 +182,7 @@ def start_paced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
 @pytest.fixture(scope="session")
 def paced(start_paced: Callable[..., Server]) -> Server:
     """20 tokens a second in each of 8 slots."""
-    server = start_paced("--steps", "20", "--slots", "8", "--queue", "16", "--max-wait", "20")
+    server = start_paced("--steps", "20", "--slots", "8", "--queue", "16", "--per-key", "20")
     server.wait("serving")
     return server
 
