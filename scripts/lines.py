@@ -7,20 +7,20 @@ is counted on a line of its own.
 import sys
 from pathlib import Path
 
-KERNELS = 2_200
+KERNELS = 2_300
 CEILINGS = {
     "(top)": 1000,
-    "cli": 2800,
+    "cli": 3200,
     "engine": 4200,
     "eval": 2400,
     "model": 4200,
     "recipe": 4600,
-    "serve": 7200,
+    "serve": 10_400,
     "tasks": 4200,
     "text": 2500,
     "train": 5600,
 }
-TOTAL = 38_000
+TOTAL = 42_000
 
 
 def count(package: Path) -> dict[str, dict[str, int]]:
