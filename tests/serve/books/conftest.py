@@ -141,7 +141,7 @@ class CountingEngine:
         self.hello: wire.Hello | None = hello
         self.back, self.died, self.up = asyncio.Event(), 0, True
         self.back.set()
-        self.paused = False
+        self.paused, self.rest = False, 0.0
         self.hit = self.miss = self.output = 0
         self.dice = random.Random(0)
         self._runs: dict[int, tuple[wire.Start, Any, int]] = {}
@@ -192,7 +192,7 @@ class CountingEngine:
         while True:
             if not self.paused:
                 self.step()
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.rest if self._runs and not self.paused else 0.002)
 
 
 FAILS = 666
@@ -212,6 +212,8 @@ class Answer:
 
 class Front:
     """The gateway's application with its books, called as a server calls it."""
+
+    Answer = Answer
 
     def __init__(self, model: Path, url: str, keys: list[str] | None = None) -> None:
         books = BookSettings(url, PEPPER)
@@ -301,3 +303,8 @@ def make_key(database: Database) -> Callable[..., str]:
 def make_front(checkpoint: Path, url: str, database: Database) -> Callable[..., Front]:
     """Gateways on the database of the test."""
     return lambda **more: Front(checkpoint, url, **more)
+
+
+@pytest.fixture
+def front_of(checkpoint: Path) -> Callable[..., Front]:
+    return lambda url, keys: Front(checkpoint, url, keys)

@@ -1,0 +1,192 @@
+"""Keys at work: scopes, budgets, expiry, revocation on every gateway; the same request sent twice."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from sputnik.serve.books import access, ledger
+from sputnik.serve.books.database import Database
+from sputnik.serve.books.repeats import seal, unseal
+from sputnik.serve.books.tables import Key, Repeat
+from sputnik.serve.identity import PATHS
+
+CHAT = {"model": "babbler", "messages": [{"role": "user", "content": "What is 1 + 2?"}], "max_tokens": 8}
+
+
+def test_a_key_does_what_its_scopes_say_and_no_more(
+    make_front: Callable[..., Any], make_key: Callable[..., str]
+) -> None:
+    chat, models = make_key("chat", scopes={"chat"}), make_key("models", scopes={"models"})
+
+    async def run() -> None:
+        async with make_front(keys=["sk-given"]) as front:
+            assert (await front.ask(chat)).status == (await front.ask("sk-given")).status == 200
+            for path in ("/v1/chat/completions", "/chat/completions", "/beta/completions", "/v1/messages"):
+                refused = await front.post(path, CHAT, models)
+                assert refused.status == 403 and b"its scopes are models" in refused.body
+            assert (await front.post("/v1/completions", {}, chat)).status == 403
+            assert (await front.post("/v1/models", {}, models, method="GET")).status == 200
+            assert (await front.post("/v1/models", {}, chat, method="GET")).json["error"]["type"] == "permission_error"
+            wrong = chat[:-7] + ("a" if chat[-7] != "a" else "b") + chat[-6:]
+            for key in (wrong, "sk-nobody", chat[:23]):
+                assert (await front.ask(key)).status == 401
+            served = front.app._app._app.openapi()["paths"]
+            plain = {path.removeprefix("/v1") for path in served} - {"/health", "/ready", "/version"}
+            for path in plain:
+                assert any(path == start or path.startswith(f"{start}/") for start in PATHS), f"{path} needs a scope"
+
+    asyncio.run(run())
+
+
+def test_a_budget_is_kept_and_told(make_front: Callable[..., Any], make_key: Callable[..., str]) -> None:
+    key, rich = make_key("poor", budget=120), make_key("rich")
+
+    async def run() -> None:
+        async with make_front() as front, make_front() as other:
+            balance = await front.post("/user/balance", {}, key, method="GET")
+            info = {"currency": "USD", "total_balance": "0.00012", "granted_balance": "0.00012"}
+            told = {"is_available": True, "balance_infos": [info | {"topped_up_balance": "0.00"}]}
+            assert balance.json == told
+            none = await front.post("/user/balance", {}, rich, method="GET")
+            assert none.json == {"is_available": True, "balance_infos": []}
+            large = await front.ask(key, max_tokens=1000)
+            assert large.status == 402 and "a lower max_tokens makes it less" in large.json["error"]["message"]
+            assert large.json["error"]["code"] == "insufficient_balance" and large.headers["x-should-retry"] == "false"
+            answers = []
+            while len(answers) < 50:
+                answers.append((await (front, other)[len(answers) % 2].ask(key)).status)
+                if answers[-1] != 200:
+                    break
+            assert answers.count(200) >= 2 and answers[-1] == 402
+            assert (await other.ask(key)).status == 402, "the other one knows it from the transaction"
+            assert (await front.ask(rich)).status == 200
+
+    asyncio.run(run())
+
+
+def test_many_at_once_through_two_gateways_stay_within_a_budget(
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database
+) -> None:
+    key = make_key("poor", budget=400)
+
+    async def run() -> list[int]:
+        async with make_front() as front, make_front() as other:
+            calls = [each.ask(key) for each in (front, other) for _ in range(20)]
+            return [answer.status for answer in await asyncio.gather(*calls)]
+
+    found = asyncio.run(run())
+    assert set(found) == {200, 402}
+    with database.reading() as connection:
+        (used,) = ledger.usage(connection)
+        assert used.requests == found.count(200)
+        assert 0 < used.spent <= 400 and ledger.audit(connection) == []
+
+
+def test_a_revoked_key_is_refused_within_a_second_by_every_gateway_and_what_ran_for_it_ends(
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database
+) -> None:
+    key, brief = make_key("lost"), make_key("brief", expires=int(time.time()) + 4)
+
+    async def run() -> None:
+        async with make_front() as front, make_front() as other:
+            assert [(await each.ask(name)).status for each in (front, other) for name in (key, brief)] == [200] * 4
+            front.engine.paused = True
+            whole = asyncio.create_task(front.ask(key))
+            await front.until(lambda: bool(front.service.requests))
+            with database.writing() as connection:
+                assert access.revoke(connection, "lost") == "lost"
+            begun = time.monotonic()
+            answer = await whole
+            assert answer.status == 401 and "has been revoked" in answer.json["error"]["message"]
+            assert time.monotonic() - begun < 1 + SLACK
+            front.engine.paused = False
+            while (await other.ask(key)).status != 401:
+                assert time.monotonic() - begun < 1 + SLACK
+            assert (await front.ask(key)).status == 401
+            made = make_key("late")
+            begun = time.monotonic()
+            while (await other.ask(made)).status != 200:
+                assert time.monotonic() - begun < 1 + SLACK, "a new key is known as fast"
+                await asyncio.sleep(0.02)
+            await front.until(lambda: time.time() > front.books.issued._known[brief[3:23]].expires)
+            expired = await front.ask(brief)
+            assert expired.status == 401 and "has expired" in expired.json["error"]["message"]
+
+    asyncio.run(run())
+    with database.reading() as connection:
+        assert connection.execute(select(Key.used).where(Key.name == "late")).scalar(), "when it was last used"
+
+
+SLACK = 2.0
+"""Of a machine that does other things too."""
+
+
+def test_the_same_request_again_is_answered_from_what_is_kept(
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database
+) -> None:
+    key, other_key = make_key("one"), make_key("other")
+    once = {"headers": {"idempotency-key": "order-17"}}
+
+    async def run() -> None:
+        async with make_front() as front, make_front() as other:
+            front.engine.paused = True
+            first = asyncio.create_task(front.ask(key, **once))
+            await front.until(lambda: bool(front.service.requests))
+            busy = await other.ask(key, **once)
+            assert busy.status == 409 and busy.headers["retry-after"] == "1"
+            front.engine.paused = False
+            whole = await first
+            again = await other.ask(key, **once)
+            assert whole.status == again.status == 200 and whole.body == again.body
+            assert again.headers == whole.headers | {"idempotent-replayed": "true"}
+            assert (await front.ask(key, max_tokens=7, **once)).status == 422
+            assert (await front.post("/chat/completions", CHAT, key, once["headers"])).status == 422, "another route"
+            theirs = await front.ask(other_key, **once)
+            assert theirs.status == 200 and "idempotent-replayed" not in theirs.headers, "each key has its own"
+            bad = await front.ask(key, headers={"idempotency-key": "x" * 256})
+            assert bad.status == 400 and bad.json["error"]["param"] == "idempotency-key"
+
+    asyncio.run(run())
+    with database.reading() as connection:
+        assert [(used.name, used.requests) for used in ledger.usage(connection)] == [("one", 1), ("other", 1)]
+        assert all(b"choices" not in kept for kept in connection.execute(select(Repeat.answer)).scalars())
+
+
+def test_whole_streams_are_kept_and_broken_ones_are_not(
+    make_front: Callable[..., Any], make_key: Callable[..., str]
+) -> None:
+    key = make_key("one")
+
+    async def run() -> None:
+        async with make_front() as front:
+            stream = {"stream": True, "headers": {"idempotency-key": "whole"}}
+            first, again = await front.ask(key, **stream), await front.ask(key, **stream)
+            assert first.body == again.body and first.body.endswith(b"data: [DONE]\n\n")
+            assert again.headers["content-type"].startswith("text/event-stream")
+            front.engine.rest = 0.002
+            cut = {"stream": True, "max_tokens": 100, "headers": {"idempotency-key": "cut"}}
+            for more in ({"leaves_after": 1}, {"seed": 666}):
+                await front.ask(key, **cut | more)
+                await front.until(lambda: not front.service.requests)
+                while (answer := await front.ask(key, **cut)).status == 409:
+                    await asyncio.sleep(0.01)
+                assert answer.status == 200 and "idempotent-replayed" not in answer.headers
+                cut["headers"] = {"idempotency-key": "failed"}
+            refused = await front.ask(key, max_tokens=99_999, headers={"idempotency-key": "refused"})
+            assert refused.status == 400
+            assert (await front.ask(key, headers={"idempotency-key": "refused"})).status == 200
+
+    asyncio.run(run())
+
+
+def test_what_is_sealed_opens_with_its_secret_alone() -> None:
+    text = b"an answer " * 1000
+    sealed = seal(text, b"secret")
+    assert unseal(sealed, b"secret") == text and b"answer" not in sealed and seal(text, b"secret") != sealed
+    for damaged, secret in ((sealed, b"other"), (sealed[:-1] + bytes([sealed[-1] ^ 1]), b"secret")):
+        with pytest.raises(ValueError, match="sealed with another secret"):
+            unseal(damaged, secret)
