@@ -195,8 +195,11 @@ def _tokens(request: Open, tally: Tally) -> dict[str, Any]:
 
 def route_of(scope: Scope) -> str:
     """The pattern of its path: nothing that the caller wrote."""
-    path = getattr(scope.get("route"), "path", None)
-    return path if isinstance(path, str) else scope["path"] if PLAIN.fullmatch(scope["path"]) else "-"
+    path, given = getattr(scope.get("route"), "path", None), scope["path"]
+    if not isinstance(path, str):
+        return given if PLAIN.fullmatch(given) else "-"
+    prefix = next((each for each in ("/v1", "/beta") if given.startswith(f"{each}/")), "")
+    return path if path.startswith(prefix) else prefix + path  # of routers in routers FastAPI names the inner part
 
 
 def _id(scope: Scope) -> str | None:
