@@ -1,0 +1,143 @@
+"""A gateway that was killed is found by the next one, and by those that live; a living one is left alone."""
+
+import asyncio
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sputnik.serve.books import ledger
+from sputnik.serve.books.alive import Alive
+from sputnik.serve.books.clerk import Clerk
+from sputnik.serve.books.database import Database, Down
+
+HOLDER = """
+import sys, time
+from sputnik.serve.books.alive import Alive
+from sputnik.serve.books.database import open_database
+alive = Alive(open_database(sys.argv[1]), "theirs")
+alive.hold()
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_lock_ends_with_its_process(url: str, database: Database) -> None:
+    alive = Alive(database, "ours")
+    alive.hold()
+    alive.hold()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, url], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        with holder.stdout as lines:
+            assert lines.readline() == "held\n"
+        assert alive.dead(["ours", "theirs", "never"]) == ["never"]
+    finally:
+        holder.kill()
+        holder.wait(30)
+    end = time.monotonic() + 30
+    while not alive.dead(["theirs"]):  # PostgreSQL notices a client's death a moment later
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    alive.let_go()
+    if database.path is not None:
+        assert not list(database.path.parent.glob("*.alive"))
+
+
+def test_a_new_gateway_settles_what_a_dead_one_left_and_not_what_a_living_one_has(
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database
+) -> None:
+    key = make_key("one")
+
+    async def run() -> None:
+        with database.writing() as connection:
+            ledger.join(connection, "dead")
+            price = ledger.Price(140_000, 550_000, 2_190_000)
+            ledger.reserve(connection, ledger.Reservation("left", key[3:23], "m", "dead", int(time.time()), price, 99))
+            ledger.note(connection, "left", ledger.Tokens(miss=10, output=20))
+        async with make_front() as front:
+            front.engine.paused = True
+            running = asyncio.create_task(front.ask(key))
+            await front.until(lambda: any(request.booked for request in front.service.requests.values()))
+            async with make_front() as other:
+                await other.until(lambda: other.books.ready)
+                with database.reading() as connection:
+                    (used,) = ledger.usage(connection)
+                    assert (used.requests, used.tokens) == (1, ledger.Tokens(miss=10, output=20))
+                    assert len(ledger.gateways(connection)) == 2
+            front.engine.paused = False
+            assert (await running).status == 200
+
+    asyncio.run(run())
+    with database.reading() as connection:
+        assert sum(used.requests for used in ledger.usage(connection)) == 2 and ledger.gateways(connection) == []
+        assert ledger.audit(connection) == []
+
+
+def test_how_far_a_request_is_gets_noted(
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sputnik.serve.books.books.NOTE", 0.2)
+    key = make_key("one")
+
+    async def run() -> None:
+        async with make_front() as front:
+            front.engine.rest = 0.005
+            running = asyncio.create_task(front.ask(key, max_tokens=1000))
+            end = time.monotonic() + 60
+            while True:
+                with database.reading() as connection:
+                    rows = connection.exec_driver_sql("SELECT output FROM requests WHERE ended IS NULL").all()
+                if rows and rows[0][0] > 10:
+                    break
+                assert time.monotonic() < end
+                await asyncio.sleep(0.05)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_what_comes_in_while_one_commit_is_under_way_shares_the_next(database: Database) -> None:
+    clerk = Clerk(database)
+    before = clerk.commits
+    with database.writing():
+        works = [functools.partial(ledger.join, gateway=f"g{number}") for number in range(200)]
+        futures = [clerk.write(work) for work in works]
+    for future in futures:
+        future.result(60)
+    assert clerk.commits - before <= 3 and clerk.finish(30)
+
+
+def test_what_is_to_be_kept_waits_and_the_rest_is_told(database: Database) -> None:
+    if database.path is None:
+        pytest.skip("a lock on the whole database is SQLite's")
+    clerk = Clerk(database)
+    with database.writing():
+        kept = clerk.write(functools.partial(ledger.join, gateway="kept"), keep=True)
+        lost = clerk.write(functools.partial(ledger.join, gateway="lost"))
+        with pytest.raises(Down, match="locked"):
+            lost.result(60)
+        assert not kept.done() and clerk.down is not None
+    kept.result(60)
+    with database.reading() as connection:
+        assert ledger.gateways(connection) == ["kept"]
+    assert clerk.finish(30) and clerk.down is None
+
+
+def test_a_wrong_write_hurts_no_other(database: Database) -> None:
+    clerk = Clerk(database)
+    with database.writing():  # so that all three are one batch
+        good = clerk.write(functools.partial(ledger.join, gateway="good"))
+        bad = clerk.write(lambda connection: connection.exec_driver_sql("INSERT INTO facts (name) VALUES (NULL)"))
+        also = clerk.write(functools.partial(ledger.join, gateway="also"))
+    assert bad.exception(60) is not None
+    good.result(60)
+    also.result(60)
+    with database.reading() as connection:
+        assert set(ledger.gateways(connection)) == {"good", "also"}
+    assert clerk.finish(30)
