@@ -1,14 +1,17 @@
 """The service around the engine: what the gateway costs, what overload, dawdlers and crowds do. A JSON line a row.
 
     python -m benchmarks.service [--cases overhead refusals ...] [--rounds 5] [--seconds 60] [--json]
+    python -m benchmarks.service --cases peers --environments .peers [--rates 0.5 1 1.5]
 
 An engine of fixed speed stands behind the real worker, wire, gateway and supervisor. What is compared is measured in
-turn in one run, and a ratio is the median of the pairs, with its range: the machine does other things too.
+turn in one run, and a ratio is the median of the pairs, with its range: the machine does other things too. `peers` has
+a real model: ours, llama.cpp's server and vLLM's under the same load (serving/peer_servers.py).
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -19,6 +22,7 @@ from typing import Any
 
 from benchmarks.serving import scenarios
 from benchmarks.serving.load import Ask, BareEngine, quantile, send, together
+from benchmarks.serving.peer_servers import beside
 from benchmarks.serving.running import Running, cpu
 from benchmarks.serving.scenarios import Target
 
@@ -183,17 +187,25 @@ def dawdlers(model: Path, args: argparse.Namespace) -> Iterator[Row]:
         yield row("F10 memory per slow reader, kB", each, None, "<= 256", each <= 256, **unread)
 
 
+def peers(model: Path, args: argparse.Namespace) -> Iterator[Row]:
+    yield from beside(args.environments, args.rates, args.rounds, args.peer_seconds, args.threads)
+
+
 CASES: dict[str, Callable[[Path, argparse.Namespace], Iterator[Row]]] = {
     "overhead": overhead, "refusals": refusals, "overload": overload, "tenants": tenants,
-    "disconnects": disconnects, "dawdlers": dawdlers,
+    "disconnects": disconnects, "dawdlers": dawdlers, "peers": peers,
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=[each for each in CASES if each != "peers"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
+    parser.add_argument("--environments", type=Path, default=Path(os.environ.get("PEERS", ".peers")))
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="requests a second, of peers")
+    parser.add_argument("--peer-seconds", type=float, default=25.0, help="of each run of each peer")
+    parser.add_argument("--threads", type=int, default=2, help="of each peer")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON lines, no progress on stderr")
     args = parser.parse_args()
     from benchmarks.serving.paced_engine import make_model

@@ -86,7 +86,7 @@ class ServeConfig(FrontConfig):
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("max_tokens", 1), ("queue", 0), ("per_key", 1), ("drain", 0)):
+        for name, least in (("slots", 1), ("max_tokens", 1), ("queue", 1), ("per_key", 1), ("drain", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
         for port in (self.port, self.metrics_port):

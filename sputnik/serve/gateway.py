@@ -30,6 +30,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 HEADER_MILLISECONDS = 10_000
 """That a client may take to send its headers."""
 CONNECTIONS = 4096
+ORPHANED = 20.0
+"""Seconds beyond its drain that a gateway without a supervisor has to end."""
 BOOKS_SECONDS = 5.0
 """At the end, for what is still to be written down."""
 
@@ -61,9 +63,11 @@ async def serve(settings: GatewaySettings) -> int:
     tracer = make_tracer(os.environ)
     app = Watched(inner, service, tracer)
     if settings.beats is not None:
-        Pulse(
-            settings.beats, lambda: Beat(service.state, service.turns, len(service.requests))
-        ).start()  # fmt: skip
+
+        def life() -> Beat:
+            return Beat(service.state, service.turns, len(service.requests))
+
+        Pulse(settings.beats, life, settings.drain + ORPHANED).start()
     tasks = service.begin()
     servers = [
         http_server(app, settings.host, settings.port),

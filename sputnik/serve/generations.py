@@ -196,11 +196,11 @@ class Generation:
         self._job.put(deltas)
 
     def refused(self, message: wire.Refused) -> None:
-        self._runs.pop(message.run, None)
-        if message.draining:
-            self._job.fail(Refusal(503, message.reason, code="shutting_down", retry_after=5))
-        else:
+        known = self._runs.pop(message.run, None) is not None
+        if not message.draining:
             self._job.fail(Refusal(400, message.reason))
+        elif known and self._recovery is None:
+            self._recover()
 
     def lost(self, run: int) -> None:
         if self._runs.pop(run, None) is not None and self._recovery is None:

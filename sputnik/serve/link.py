@@ -53,7 +53,8 @@ class Link:
 
     @property
     def up(self) -> bool:
-        return self._channel is not None
+        """Whether a worker is there that begins answers."""
+        return self._channel is not None and self.hello is not None
 
     async def run(self) -> None:
         """For ever."""
@@ -89,6 +90,9 @@ class Link:
                     for token in message.tokens:
                         self._token(token)
                 case wire.Refused():
+                    if message.draining:  # it finishes what it has, and then another takes its place
+                        self.hello = None
+                        self.back.clear()
                     receiver = self._forget(message.run)
                     if receiver is not None:
                         receiver.refused(message)

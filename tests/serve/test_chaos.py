@@ -104,6 +104,21 @@ def test_a_stopped_worker_is_replaced_within_ten_seconds_and_no_letter_changes(p
     asyncio.run(until_idle(target))
 
 
+def test_a_worker_that_is_asked_to_go_is_replaced_and_nobody_notices(paced: Any, target: Target) -> None:
+    """For another version of a model or of this program: what runs ends there, what comes waits for the next."""
+
+    async def run() -> None:
+        asks = [Ask(paced.port, KEY, tokens=40, seed=each) for each in range(4)]
+        streams = asyncio.gather(*map(send, asks))
+        await asyncio.sleep(0.5)
+        paced.child("worker").terminate()
+        late = await asyncio.gather(*(send(Ask(paced.port, KEY, tokens=10, seed=each)) for each in range(4, 7)))
+        assert [check(each) for each in [*await streams, *late]] == ["whole"] * 7
+
+    asyncio.run(run())
+    asyncio.run(until_idle(target))
+
+
 def test_a_killed_gateway_is_back_and_has_left_nothing_running(paced: Any, target: Target) -> None:
     """Its clients see their connections end without [DONE], which is how they know; nothing is said wrongly."""
 
