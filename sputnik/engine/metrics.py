@@ -4,8 +4,8 @@ The roofline is the time this machine needs at least: to read each step's weight
 bandwidth, or to multiply at its measured peak, whichever is longer in sum.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sputnik.cost import decode_flops_per_token, step_bytes
@@ -25,8 +25,15 @@ class Work:
     """Of one weight: 4, 2, 1.0625 (int8) or 0.625 (int4), scales included."""
     cache_bytes: int
 
-    def bytes(self, tokens: int, context: int) -> float:
-        return step_bytes(self.config, tokens, context, self.weight_bytes, self.cache_bytes)
+    def bytes(self, steps: Mapping[int, int], context: int) -> float:
+        """`steps`: how many computed so many tokens; `context`: cached tokens attended to, over all steps."""
+        empty = step_bytes(self.config, 0, 0, self.weight_bytes, self.cache_bytes)
+        cached = step_bytes(self.config, 0, context, self.weight_bytes, self.cache_bytes) - empty
+        weights = (
+            count * step_bytes(self.config, tokens, 0, self.weight_bytes, self.cache_bytes)
+            for tokens, count in steps.items()
+        )
+        return sum(weights) + cached
 
     def flops(self, tokens: int, context: int) -> float:
         return tokens * decode_flops_per_token(self.config, round(context / max(1, tokens)))
@@ -40,7 +47,9 @@ KEPT = 1024
 class Metrics:
     def __init__(self, scheduler: Scheduler, work: "Work", speculation: Speculation | None = None) -> None:
         self._scheduler, self._speculation, self._work = scheduler, speculation, work
-        self.bytes = self.flops = 0.0
+        self._sizes: Counter[int] = Counter()
+        """Steps by the number of tokens they computed."""
+        self._context = 0
         self.steps = self.computed_tokens = self.drawn_tokens = self.finished = self.failed = self.aborted = 0
         self.busy_seconds = 0.0
         self._ttft: deque[float] = deque(maxlen=KEPT)
@@ -49,8 +58,8 @@ class Metrics:
     def step(self, seconds: float, computed: int, context: int, events: Sequence[Event], now: float) -> None:
         """`computed` tokens that attended to `context` cached ones, over all sequences."""
         self.steps += 1
-        self.bytes += self._work.bytes(computed, context)
-        self.flops += self._work.flops(computed, context)
+        self._sizes[computed] += 1
+        self._context += context
         self.busy_seconds += seconds
         self.computed_tokens += computed
         for event in events:
@@ -87,6 +96,15 @@ class Metrics:
             "tpot_p99": _quantile(self._tpot, 0.99),
             **self._acceptance(),
         }
+
+    @property
+    def bytes(self) -> float:
+        """What all steps had to read at least."""
+        return self._work.bytes(self._sizes, self._context)
+
+    @property
+    def flops(self) -> float:
+        return self._work.flops(self.computed_tokens, self._context)
 
     def roofline(self, device: Hardware) -> float:
         """Share of 1: the least time `device` needs for what was done, over the time it took."""
