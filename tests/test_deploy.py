@@ -43,7 +43,7 @@ def kubernetes(kind: str) -> Any:
 
 def unit() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for line in (DEPLOY / "sputnik.service").read_text(encoding="utf-8").splitlines():
+    for line in (DEPLOY / "sputnik@.service").read_text(encoding="utf-8").splitlines():
         if match := re.fullmatch(r"(\w+)=(.*)", line):
             found.setdefault(match[1], []).append(match[2])
     return found
@@ -77,8 +77,8 @@ def test_yaml_is_tidy() -> None:
 
 def test_the_unit_is_one_of_systemd_and_leaves_little_exposed(tmp_path: Path) -> None:
     analyze = tool("systemd-analyze")
-    text = (DEPLOY / "sputnik.service").read_text(encoding="utf-8")
-    path = tmp_path / "sputnik.service"
+    text = (DEPLOY / "sputnik@.service").read_text(encoding="utf-8")
+    path = tmp_path / "sputnik@8000.service"
     path.write_text(re.sub(r"(?<=ExecStart=)\S+", "/bin/true", text), encoding="utf-8")
     lint(analyze, "verify", str(path))
     lint(analyze, "security", "--offline=true", "--threshold=20", "--no-pager", str(path))
@@ -107,7 +107,7 @@ def grace(drain: float) -> float:
 def test_every_command_is_one_of_sputnik_and_has_time_to_drain() -> None:
     (line,) = unit()["ExecStart"]
     verb, *flags = shlex.split(line)[1:]
-    config = parsed([flag.replace("${SPUTNIK_MODEL}", "m").replace("%S", "/var/lib") for flag in flags])
+    config = parsed([flag.replace("${SPUTNIK_MODEL}", "m").replace("%S", "/var/lib").replace("%i", "8000") for flag in flags])
     assert verb == "serve" and float(unit()["TimeoutStopSec"][0]) >= grace(config.drain)
     assert unit()["RestartPreventExitStatus"] == ["2"] and unit()["KillMode"] == ["mixed"]
 
