@@ -26,6 +26,8 @@ from sputnik.serve.watch import WRONG, Rules, Watch
 Say = Callable[[str], None]
 LOOK = 0.2
 """Seconds between looks, if nothing is heard."""
+SLEPT = 2.0
+"""Seconds between looks that mean that this process was stopped: a paused machine, a debugger, Ctrl-Z."""
 
 
 class Child:
@@ -131,6 +133,7 @@ class Supervisor:
         """`children` in the order in which they drain, last first; `ready` is called when all are, the first time."""
         self._children, self._say, self._ready, self._drain = children, say, ready, drain
         self._asked = 0
+        self._looked = time.monotonic()
         self._told = False
 
     def run(self) -> int:
@@ -139,7 +142,7 @@ class Supervisor:
                 signal.signal(number, self._ask)
         try:
             while not self._asked:
-                now = time.monotonic()
+                now = self._now()
                 for child in self._children:
                     child.look(now)
                 if (code := self._given_up()) is not None:
@@ -152,6 +155,14 @@ class Supervisor:
         finally:
             for child in self._children:
                 child.kill()
+
+    def _now(self) -> float:
+        now = time.monotonic()
+        if now - self._looked > SLEPT:
+            for child in self._children:
+                child.watch.slept(now - self._looked)
+        self._looked = now
+        return now
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked += number == signal.SIGINT or not self._asked
@@ -177,8 +188,9 @@ class Supervisor:
             child.signal(signal.SIGTERM)
             end = time.monotonic() + self._drain + 10
             while child.process is not None and self._asked < 2 and time.monotonic() < end:
+                now = self._now()
                 for each in self._children:
-                    each.look(time.monotonic(), drains=each is child)
+                    each.look(now, drains=each is child)
                 self._listen()
             codes.append(child.gave_up)
         self._say("stopped")

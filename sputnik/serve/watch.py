@@ -60,6 +60,11 @@ class Watch:
         if beat.state == "ready":
             self.ready, self._failures = True, 0
 
+    def slept(self, seconds: float) -> None:
+        """Nobody listened for so long: the supervisor was stopped itself, with its children or without."""
+        self._heard += seconds
+        self._moved += seconds
+
     def sick(self, now: float) -> str | None:
         if now - self._heard > (self.rules.silence if self.ready else self.rules.loading):
             return f"no sign of life for {now - self._heard:.0f} s"

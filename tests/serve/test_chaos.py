@@ -143,6 +143,26 @@ def test_a_killed_gateway_is_back_and_has_left_nothing_running(paced: Any, targe
 
 
 @pytest.mark.slow
+def test_a_whole_server_that_was_stopped_goes_on_where_it_was(paced: Any, target: Target) -> None:
+    """A machine that is paused, say: nobody is taken for dead by those who were stopped too."""
+
+    async def run() -> None:
+        asks = [Ask(paced.port, KEY, tokens=40, seed=each) for each in range(4)]
+        streams = asyncio.gather(*map(send, asks))
+        await asyncio.sleep(0.5)
+        processes = [psutil.Process(paced.process.pid), paced.child("gateway"), paced.child("worker")]
+        for each in processes:
+            each.suspend()
+        await asyncio.sleep(12)
+        for each in processes:
+            each.resume()
+        assert [check(each) for each in await streams] == ["whole"] * 4
+        assert [paced.child("gateway"), paced.child("worker")] == processes[1:]
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
 def test_a_hundred_dead_gateways_leave_nothing_behind(paced: Any, target: Target) -> None:
     dice, worker = random.Random(2), paced.child("worker")
 

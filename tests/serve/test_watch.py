@@ -24,6 +24,13 @@ def test_silence_is_noticed_and_beats_are_enough() -> None:
     assert "no sign of life" in (watch.sick(99 + 9) or "")
 
 
+def test_a_silence_that_nobody_listened_to_is_none() -> None:
+    watch = ready()
+    watch.heard(Beat("ready", steps=1, busy=1), 10)
+    watch.slept(500)
+    assert watch.sick(515) is None and "no sign of life" in (watch.sick(520) or "")
+
+
 def test_loading_may_be_silent_for_longer() -> None:
     watch = Watch(RULES)
     watch.started(0)
