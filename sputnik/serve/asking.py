@@ -88,6 +88,7 @@ class Asking:
         if any(message.prefix for message in before) or (last.prefix and last.role != "assistant"):
             raise Refusal(400, "prefix is for the last message, an assistant's", param="messages")
         spoken = [_plain(message) for message in (before if last.prefix else messages)]
+        self._check_size(sum(len(each["content"]) for each in spoken), "messages")
         if not last.prefix and last.role == "assistant":
             raise Refusal(400, 'the last message is the assistant\'s: give it "prefix": true to go on from it')
         try:
@@ -95,6 +96,12 @@ class Asking:
         except (DataError, ConfigError) as error:
             raise Refusal(400, f"messages: {error}", param="messages") from None
         return self._begun(prompt, last) if last.prefix else prompt
+
+    def _check_size(self, size: int, param: str) -> None:
+        """Refuse what cannot fit, whatever its tokens are, before they are made."""
+        if size > self.speech.context * self.speech.longest:
+            message = f"the context has {self.speech.context} tokens, far fewer than {size} characters have"
+            raise Refusal(400, message, code="context_length_exceeded", param=param)
 
     def _rendered(self, messages: list[dict[str, Any]], thinks: bool, tools: Sequence[Mapping[str, Any]]) -> Prompt:
         if self.speech.template == "own":
@@ -211,9 +218,14 @@ class Asking:
 
     def _completion_prompt(self, prompt: str | list[int], suffix: str | None) -> tuple[int, ...]:
         tok = self.speech.tok
+        if isinstance(prompt, str):
+            self._check_size(len(prompt) + len(suffix or ""), "prompt")
         try:
             if suffix is None:
-                return tuple(prompt) if isinstance(prompt, list) else (*tok.text_start, *tok.encode(prompt))
+                if isinstance(prompt, list):
+                    self._check_ids(prompt, "prompt")
+                    return tuple(prompt)
+                return (*tok.text_start, *tok.encode(prompt))
             if isinstance(prompt, list):
                 raise Refusal(400, "a suffix needs a prompt that is text", param="suffix")
             return (
@@ -240,9 +252,12 @@ class Asking:
     def text(self, ids: Sequence[int], model: str | None) -> str:
         if model is not None:
             self.check_model(model)
-        if ids and max(ids) >= self.speech.tok.vocab_size:
-            raise Refusal(400, f"token {max(ids)} is not in the vocabulary", param="tokens")
+        self._check_ids(ids, "tokens")
         return self.speech.tok.decode(ids)
+
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        if ids and max(ids) >= self.speech.tok.vocab_size:
+            raise Refusal(400, f"token {max(ids)} is not in the vocabulary", param=param)
 
     # --- both ---
 

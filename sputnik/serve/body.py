@@ -18,21 +18,27 @@ from sputnik.serve.refusals import Refusal
 
 DEPTH = 64
 MEDIA = re.compile(r"Invalid (?:enum )?value '(\w*(?:image|audio|video|file|document)\w*)'")
-STRING = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 PLACE = re.compile(r"^(.*?)(?: - at `(.*)`)?$", re.DOTALL)
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 def read_json(body: bytes) -> Any:
     """The value of a body; Refusal if it is not JSON as RFC 8259 has it."""
-    if _depth(body) > DEPTH:
-        raise Refusal(400, f"the body nests deeper than {DEPTH} levels")
     try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
+        value = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
+        if SURROGATE.search(body):  # each half by itself is no text that could be sent on
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body is not UTF-8: byte {error.start}") from None
-    except (ValueError, RecursionError) as error:
+    except UnicodeEncodeError:
+        raise Refusal(400, "the body has half of a surrogate pair: remove or repair it") from None
+    except RecursionError:
+        raise Refusal(400, f"the body nests deeper than {DEPTH} levels") from None
+    except ValueError as error:
         raise Refusal(400, f"the body is not JSON: {error}") from None
+    _check_depth(value)
+    return value
 
 
 def parse(body: bytes, kind: type[T], prepare: Callable[[dict[str, Any]], None] = lambda value: None) -> T:
@@ -58,12 +64,15 @@ def parse(body: bytes, kind: type[T], prepare: Callable[[dict[str, Any]], None] 
         raise Refusal(400, f"{param}: {text}" if param else text, code="invalid_value", param=param) from None
 
 
-def _depth(body: bytes) -> int:
-    depth = deepest = 0
-    for byte in re.sub(rb"[^\[\]{}]", b"", STRING.sub(b"", body)):
-        depth += 1 if byte in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEPTH):
+        inner = [each for each in level if each and isinstance(each, list | dict)]
+        if not inner:
+            return
+        level = [each for found in inner for each in (found.values() if isinstance(found, dict) else found)]
+    if any(isinstance(each, list | dict) for each in level):
+        raise Refusal(400, f"the body nests deeper than {DEPTH} levels")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

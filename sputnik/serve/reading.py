@@ -11,6 +11,7 @@ same by construction. `ids` are kept: after an engine's death they are what the 
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from sputnik.engine.outputs import Reader
 from sputnik.engine.params import SamplingParams
@@ -30,6 +31,11 @@ class Speech:
     tok: Tokenizer
     template: str
     context: int
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token: no text has fewer tokens than its bytes by this."""
+        return max(len(self.tok.token_bytes([id])) for id in range(self.tok.vocab_size))
 
     @property
     def thought(self) -> ThoughtTokens | None:

@@ -99,6 +99,12 @@ class Record:
         said = sum(len(turn.content) for turn in self.turns if isinstance(turn.content, str))
         self.size = len(self.final) + sum(map(len, self.events)) + said
 
+    def abandon(self) -> None:
+        """So that nobody waits for ever."""
+        self.error, self.final = Refusal(500, "an error of ours; it is in the log", retry=False), b"{}"
+        self.teller = self.job = None
+        self._wake()
+
     def _wake(self) -> None:
         news, self._news = self._news, asyncio.Event()
         news.set()
@@ -156,6 +162,9 @@ class Shelf:
             record.end(teller.fail(refusal))
         finally:
             close()
+            if record.final is None:  # by a fault of ours, which the log tells of
+                self.drop(record)
+                record.abandon()
             self._trim()
 
     def _trim(self) -> None:
