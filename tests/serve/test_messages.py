@@ -205,7 +205,9 @@ def test_keys_overload_and_a_broken_stream_are_told_as_anthropic_does(server: An
     for stream in streams:
         stream.close()
     server.until_idle()
-    line = events(server, body(stream=True, max_tokens=1900, temperature=1), **{"x-request-id": "cut-1"})
+    many = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 900}
+    endless = {"output_config": {"format": {"type": "json_schema", "schema": many}}, "max_tokens": 1900}
+    line = events(server, body(stream=True, **endless), **{"x-request-id": "cut-1"})
     assert next(line)["type"] == "message_start"
     server.fetch("/v1/requests/cut-1/cancel", {})
     *_, last = line
