@@ -49,7 +49,7 @@ def answer(
 
 def waiting(service: Service, name: Name) -> str:
     """What is said to who waits for the first token."""
-    place = service.place(name)
+    place = service.place(name) if name in service.requests else None
     if place is None:
         return "keep-alive"
     return f"waiting, {place.position} before" + ("" if place.wait is None else f", about {place.wait:.0f} s")

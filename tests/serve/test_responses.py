@@ -63,11 +63,11 @@ def long(server: Any) -> dict[str, Any]:
 class Events:
     """A stream of events by hand, so that it can be cut anywhere."""
 
-    def __init__(self, server: Any, path: str, request: Any = None) -> None:
+    def __init__(self, server: Any, path: str, request: Any = None, **more: str) -> None:
         self._line = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
         headers = {"authorization": f"Bearer {server.key}", "content-type": "application/json"}
         data = None if request is None else json.dumps(request)
-        self._line.request("GET" if request is None else "POST", path, data, headers)
+        self._line.request("GET" if request is None else "POST", path, data, headers | more)
         self._reply = self._line.getresponse()
         assert self._reply.status == 200, self._reply.read()
 
@@ -248,6 +248,20 @@ def test_cancel_and_delete_and_nobody_elses(server: Any, long: Any) -> None:
     server.until_idle()
     forgotten = ask(server, store=False)
     assert forgotten["store"] is False and server.fetch(f"/v1/responses/{forgotten['id']}")[0] == 404
+
+
+def test_a_stream_that_breaks_says_so_in_its_last_event(server: Any, long: Any) -> None:
+    events = Events(server, "/v1/responses", body(stream=True, **long), **{"x-request-id": "broken-1"})
+    line = iter(events)
+    assert next(line)["type"] == "response.created"
+    assert server.fetch("/v1/requests/broken-1/cancel", {})[0] == 200
+    *_, last = line
+    events.close()
+    assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
+    assert last["response"]["error"] == {"code": "cancelled", "message": "the request was cancelled"}
+    kept = server.fetch(f"/v1/responses/{last['response']['id']}")[1]
+    assert kept == last["response"] and kept["usage"]["output_tokens"] > 0
+    server.until_idle()
 
 
 def test_what_is_asked_of_a_stream_that_is_none(server: Any) -> None:

@@ -82,8 +82,9 @@ class ResponseRoutes:
         assert call.ticket is not None
         service, name = self._service, (call.identity.id, call.id)
         head = Head(f"resp_{secrets.token_hex(16)}", body.model, int(time.time()), f"fp_{service.fingerprint}")
+        repeated = echo(body)
         job = service.open(name, call.ticket, [asked], call.seconds)
-        teller = ResponseTeller(head, echo(body), asking.speech, job, applied)
+        teller = ResponseTeller(head, repeated, asking.speech, job, applied)
         record = Record(
             head.id, call.identity.id, turns, teller, job, bool(body.stream), kept=body.store is not False,
             goes_on=bool(body.background or body.store),
