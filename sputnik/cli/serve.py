@@ -216,7 +216,7 @@ def _welcome(config: ServeConfig, key: str | None) -> None:
     header = "" if key is None else f' -H "Authorization: Bearer {bearer}"'
     question = f'{{"model": "{config.served_name}", "messages": [{{"role": "user", "content": "What is 7+5-3?"}}]}}'
     lines = [
-        f"serving {config.served_name} at {at}/v1",
+        f"serving {config.served_name if config.name or config.model else ', '.join(config.upstream)} at {at}/v1",
         f"  key      {key or 'none is asked for'}",
         f"  metrics  http://127.0.0.1:{config.metrics_port}/metrics",
         f"  try      curl {at}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{question}'",

@@ -1,25 +1,27 @@
 """Whether a replica is trusted with requests: pure, times are given.
 
-    breaker = Breaker();  breaker.worked("probe", now);  breaker.failed("answer", now);  breaker.up
+    breaker = Breaker();  breaker.worked("probe", now);  breaker.failed("answer", now);  breaker.up, breaker.suspect
 
-Probes and answers are counted apart: one whose model list works while every answer fails is down all the same. What
-comes back and falls again soon has to prove itself for longer each time, so that it does not flap.
+A probe asks for the list of models, a token is a real one that we asked for, an answer is a client's. Failed answers
+make a replica suspect, no more, for a client may send what breaks any server: then a token of ours decides. What comes
+back and falls again soon has to prove itself for longer each time, so that it does not flap.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["probe", "answer"]
+Kind = Literal["probe", "answer", "token"]
 
 
 @dataclass(frozen=True)
 class Rules:
     probes: int = 2
-    answers: int = 3
     """Failures in a row after which it is down."""
+    answers: int = 3
+    """Failures in a row after which it is suspect."""
     rises: int = 2
-    """Good probes in a row after which it is up again."""
+    """Tokens in a row after which it is up again."""
     most: int = 32
     """The same of one that falls again and again."""
     calm: float = 60.0
@@ -31,23 +33,27 @@ class Breaker:
         self.rules = rules or Rules()
         self.up = False
         """Not before the first good probe."""
+        self.suspect = False
+        """A token is to be asked for."""
         self.falls = 0
-        self._bad: dict[Kind, int] = {"probe": 0, "answer": 0}
-        self._good, self._needed, self._rose = 0, 1, -math.inf
+        self._bad: dict[Kind, int] = {"probe": 0, "answer": 0, "token": 0}
+        self._good, self._needed, self._rose = 0, self.rules.rises, -math.inf
 
     def worked(self, kind: Kind, now: float) -> None:
         self._bad[kind] = 0
-        if self.up or kind == "answer":
-            return
-        self._good += 1
-        if self._good >= self._needed:
+        if kind == "token":
+            self._bad["answer"], self.suspect = 0, False
+            self._good += 1
+        if not self.up and (self._good >= self._needed or (kind == "probe" and not self.falls)):
             self.up, self._rose = True, now
-            self._bad = {"probe": 0, "answer": 0}
 
     def failed(self, kind: Kind, now: float) -> None:
         self._bad[kind] += 1
+        if kind == "answer":
+            self.suspect = self._bad[kind] >= self.rules.answers
+            return
         self._good = 0
-        if self.up and self._bad[kind] >= (self.rules.probes if kind == "probe" else self.rules.answers):
+        if self.up and (kind == "token" or self._bad[kind] >= self.rules.probes):
             self.up = False
             self.falls += 1
             again = now - self._rose < self.rules.calm and self.falls > 1

@@ -29,6 +29,8 @@ LOG = logging.getLogger("sputnik")
 PROBE_SECONDS = 5.0
 TOKEN_SECONDS = 30.0
 CONNECT_SECONDS = 5.0
+BUSY = (429, 503, 529)
+"""Statuses of a server that is well and has no room."""
 MOST_READ = 16 << 20
 """Bytes of an answer that is not streamed, or of a list of models."""
 
@@ -100,9 +102,11 @@ class Fleet:
         if not trusted:
             raise ConnectionRefusedError("no upstream answers")
         try:
-            await self._token(min(trusted, key=lambda each: each.load))
+            came = await self._token(min(trusted, key=lambda each: each.load))
         except (httpx2.HTTPError, ValueError) as error:
             raise ConnectionResetError(str(error)) from None
+        if not came:
+            raise ConnectionRefusedError("the upstreams are busy")
         return time.monotonic() - begun
 
     async def figures(self) -> dict[str, float]:
@@ -170,7 +174,9 @@ class Fleet:
         if replica.breaker.up == was:
             return
         told = {"upstream": replica.name} | ({"reason": replica.reason} if was else {})
-        LOG.warning("upstream down" if was else "upstream up", extra={"fields": told})
+        LOG.log(
+            logging.WARNING if was else logging.INFO, "upstream down" if was else "upstream up", extra={"fields": told}
+        )
         self._resized(self.settings.slots * sum(each.breaker.up for each in self.replicas))
         if was:
             for flight in list(replica.flights):
@@ -180,19 +186,21 @@ class Fleet:
 
     async def _watch(self, replica: Replica) -> None:
         while True:
+            kind: Kind = "probe"
             try:
                 async with asyncio.timeout(PROBE_SECONDS):
                     replica.models = await self._list(replica)
-                if replica.breaker.falls and not replica.breaker.up:
+                self.worked(replica, kind)
+                if replica.breaker.suspect or (replica.breaker.falls and not replica.breaker.up):
+                    kind = "token"
                     await self._token(replica)
+                    self.worked(replica, kind)
             except TimeoutError:
-                self.failed(replica, "probe", "it did not answer a probe in time")
+                self.failed(replica, kind, "it did not answer a probe in time")
             except httpx2.HTTPError as error:
-                self.failed(replica, "probe", type(error).__name__)
+                self.failed(replica, kind, type(error).__name__)
             except ValueError as error:
-                self.failed(replica, "probe", str(error))
-            else:
-                self.worked(replica, "probe")
+                self.failed(replica, kind, str(error))
             await asyncio.sleep(self.settings.every)
 
     async def _list(self, replica: Replica) -> dict[str, dict[str, Any]]:
@@ -206,20 +214,20 @@ class Fleet:
             raise ValueError("it has no model")
         return {entry["id"]: entry for entry in names}
 
-    async def _token(self, replica: Replica) -> None:
-        """One real token; TimeoutError, HTTPError or ValueError without it."""
-        question = {
-            "model": next(iter(replica.models)),
-            "messages": [{"role": "user", "content": "1"}],
-            "max_tokens": 1,
-        }
+    async def _token(self, replica: Replica) -> bool:
+        """One real token; False: it is too busy for one. TimeoutError, HTTPError or ValueError: it is sick."""
+        messages = [{"role": "user", "content": "1"}]
+        question = {"model": next(iter(replica.models)), "messages": messages, "max_tokens": 1}
         async with (
             asyncio.timeout(TOKEN_SECONDS),
             self.ask(replica, "/chat/completions", msgspec.json.encode(question), {}) as response,
         ):
+            if response.status_code in BUSY:
+                return False
             if response.status_code != 200:
                 raise ValueError(f"a probe was answered with status {response.status_code}")
             await read_object(response)
+        return True
 
 
 async def read_object(response: httpx2.Response) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One request on its way through an upstream: the `Work` of a service that has no worker.
 
-    forward = Forward(fleet, "/chat/completions", wish, id, seconds)
+    forward = Forward(fleet, "/chat/completions", wish, seconds)
     forward.start()                                # its turn has come
     while data := await forward.more(): ...        # bytes for the client; raises Refusal
     forward.close()                                # at any time: the upstream is let go at once
@@ -19,9 +19,10 @@ import msgspec
 from sputnik.serve.measures import Tally
 from sputnik.serve.refusals import TYPES, Refusal
 from sputnik.serve.upstreams.events import Events
-from sputnik.serve.upstreams.fleet import Fleet, Replica, read_object
+from sputnik.serve.upstreams.fleet import BUSY, Fleet, Replica, read_object
 from sputnik.serve.upstreams.plain import (
     Wish,
+    brings_text,
     cached_tokens,
     choices,
     completed,
@@ -46,11 +47,11 @@ class Failed(Exception):
 
 class Forward:
     def __init__(
-        self, fleet: Fleet, path: str, wish: Wish, id: str, seconds: float | None, trace: dict[str, str] | None = None
+        self, fleet: Fleet, path: str, wish: Wish, seconds: float | None, trace: dict[str, str] | None = None
     ) -> None:
         """`trace`: headers by which the upstream joins our trace."""
         self._fleet, self._path, self._wish = fleet, path, wish
-        self._headers = {"x-request-id": id} | (trace or {})
+        self._headers = trace or {}  # and no x-request-id: some take none but UUIDs
         self.arrived = time.monotonic()
         self._end = None if seconds is None else self.arrived + seconds
         self.first: float | None = None
@@ -220,8 +221,9 @@ class Forward:
             return  # a role alone, or usage: that comes last
         if self.first is None:
             self.first = time.monotonic()
-        self._chunks += len(said)
-        self._fleet.stepped(len(said))
+        tokens = sum(brings_text(choice) for choice in said)
+        self._chunks += tokens
+        self._fleet.stepped(tokens)
         frame = {name: value for name, value in frame.items() if name != "usage"}
         await self._put(_event(told(frame | {"choices": said}, self._wish)))
 
@@ -285,7 +287,7 @@ async def _refused(response: httpx2.Response) -> None:
         frame = await read_object(response)
     except ValueError:
         frame = {}
-    if status in (429, 503, 529):
+    if status in BUSY:
         after = response.headers.get("retry-after", "")
         wait = float(after) if after.isdigit() else 5.0
         busy = Refusal(503, "the upstream is busy", code="overloaded", retry_after=min(wait, 600))

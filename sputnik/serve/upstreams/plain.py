@@ -93,13 +93,18 @@ def choices(frame: dict[str, Any]) -> list[dict[str, Any]]:
     return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
-def says_something(choice: dict[str, Any]) -> bool:
-    """A chunk that brings more than a role."""
+def brings_text(choice: dict[str, Any]) -> bool:
+    """About a token, where the upstream does not count them."""
     delta = choice.get("delta")
     said = delta if isinstance(delta, dict) else choice
-    if any(said.get(name) for name in ("content", "reasoning_content", "reasoning", "text", "tool_calls", "refusal")):
-        return True
-    return choice.get("finish_reason") is not None
+    return any(
+        said.get(name) for name in ("content", "reasoning_content", "reasoning", "text", "tool_calls", "refusal")
+    )
+
+
+def says_something(choice: dict[str, Any]) -> bool:
+    """A chunk that brings more than a role."""
+    return brings_text(choice) or choice.get("finish_reason") is not None
 
 
 def _with_both(said: Any) -> Any:

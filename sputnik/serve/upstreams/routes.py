@@ -64,7 +64,7 @@ class UpstreamRoutes:
         assert call.ticket is not None
         wish = await reading(call, lambda: read(call.body, kind))
         self._fleet.trusted(wish.model)
-        forward = Forward(self._fleet, path, wish, call.id, call.seconds, request.scope["state"].get("trace"))
+        forward = Forward(self._fleet, path, wish, call.seconds, request.scope["state"].get("trace"))
         name = (call.identity.id, call.id)
         sizes = wish.prompt, wish.answer, wish.samples
         self._service.enter(name, call.ticket, forward, *sizes, call.seconds, wish.model)

@@ -83,6 +83,9 @@ class Handler(BaseHTTPRequestHandler):
                     time.sleep(0.02)
             case "500" | "429" | "400" | "401":
                 self._whole(int(mode), {"error": {"message": f"said {mode}", "param": "messages"}})
+            case "poison":
+                poison = body["messages"][0]["content"] == "poison"
+                self._whole(500, {"error": {}}) if poison else self._whole(200, WHOLE)
             case "good" | "split" if not body.get("stream"):
                 self._whole(200, WHOLE)
             case "good":

@@ -18,29 +18,47 @@ def test_a_replica_falls_and_rises_with_hysteresis() -> None:
     assert not breaker.up
     breaker.worked("probe", 0)
     assert breaker.up, "the first good probe is enough"
-    breaker.failed("answer", 1)
-    breaker.failed("answer", 1)
-    breaker.worked("probe", 2)
-    assert breaker.up
-    breaker.failed("answer", 3)
-    assert not breaker.up, "good probes do not excuse failing answers"
     needed = []
     for _ in range(5):
+        breaker.failed("probe", 1)
+        assert not needed or breaker.up
+        breaker.failed("probe", 1)
         goods = 0
         while not breaker.up:
-            breaker.worked("probe", 4)
+            breaker.worked("probe", 2)
+            assert not breaker.up, "only tokens bring it back"
+            breaker.worked("token", 2)
             goods += 1
         needed.append(goods)
-        breaker.failed("probe", 5)
-        breaker.failed("probe", 5)
     assert needed == [2, 4, 8, 8, 8]
-    while not breaker.up:
-        breaker.worked("probe", 6)
     breaker.failed("probe", 100)
     breaker.failed("probe", 100)
-    breaker.worked("probe", 101)
-    breaker.worked("probe", 101)
+    breaker.worked("token", 101)
+    breaker.failed("token", 101)
+    breaker.worked("token", 101)
+    assert not breaker.up, "in a row"
+    breaker.worked("token", 101)
     assert breaker.up, "after calm, two are enough again"
+
+
+def test_failed_answers_make_suspect_and_a_token_decides() -> None:
+    breaker = Breaker(Rules(probes=2, answers=3))
+    breaker.worked("probe", 0)
+    for _ in range(2):
+        breaker.failed("answer", 1)
+    breaker.worked("answer", 1)
+    for _ in range(2):
+        breaker.failed("answer", 1)
+    assert not breaker.suspect, "in a row"
+    breaker.failed("answer", 1)
+    breaker.worked("probe", 2)
+    assert breaker.up and breaker.suspect, "a client's requests alone take no server out"
+    breaker.worked("token", 2)
+    assert breaker.up and not breaker.suspect
+    for _ in range(3):
+        breaker.failed("answer", 3)
+    breaker.failed("token", 4)
+    assert not breaker.up
 
 
 def test_events_are_the_same_however_they_are_split(events_of_a_stream: list[bytes]) -> None:

@@ -145,6 +145,20 @@ def test_a_malformed_request_reaches_no_upstream(gateway: Any, fakes: list[Any],
     assert not any(fake.asked for fake in fakes)
 
 
+def test_a_client_whose_requests_break_servers_takes_none_out(gateway: Any, fakes: list[Any]) -> None:
+    bad(fakes, "poison")
+    for _ in range(8):
+        with pytest.raises(openai.InternalServerError, match="status 500"):
+            gateway.ask(messages=[{"role": "user", "content": "poison"}])
+
+    def probed(fake: Any) -> bool:
+        return any(body["messages"][0]["content"] == "1" for body in fake.asked)
+
+    gateway.until(lambda: all(map(probed, fakes)))  # each was asked for a token of ours
+    assert gateway.page()["engine_replicas_up"] == 2
+    assert gateway.ask().choices[0].message.content == "ab"
+
+
 def test_a_client_that_goes_lets_its_upstream_go(gateway: Any, fakes: list[Any]) -> None:
     bad(fakes, "endless")
     stream = gateway.ask(stream=True)
