@@ -8,7 +8,8 @@
     await books.finish(seconds)
 
 Nothing here waits for the disk. A request is reserved while the engine begins on it; it is for the caller to let no
-token out before `booked` is called. If the reservation cannot be written, the work fails with a reason. Budgets are
+token out before `booked` is called: then the reservation outlives this process, but a loss of power only from the next
+settlement on. If the reservation cannot be written, the work fails with a reason. Budgets are
 looked at in memory first and decided in the transaction, so that several gateways together stay within them.
 """
 
@@ -137,7 +138,7 @@ class Books:
         used, self._used = self._used, {}
         notes = [(tab.id, tokens_of(tab.work.tally())) for tab in self._tabs.values() if tab.opened < before]
         if used or notes:
-            self.clerk.write(functools.partial(_write_notes, used=used, notes=notes))
+            self.clerk.write(functools.partial(_write_notes, used=used, notes=notes), light=True)
 
     # --- requests ---
 
@@ -170,7 +171,8 @@ class Books:
         self._tabs[tab.id] = tab
         self._under_way[account] += amount
         self._used[account] = int(now)
-        self._write(functools.partial(ledger.reserve, asked=asked), lambda future: self._reserved(tab, future))
+        reserve = functools.partial(ledger.reserve, asked=asked)
+        self._write(reserve, lambda future: self._reserved(tab, future), light=True)
         return tab
 
     def close(self, tab: Tab) -> None:
@@ -240,9 +242,9 @@ class Books:
         except Down as down:
             raise refusal(down) from None
 
-    def _write(self, work: Callable[[Connection], T], done: "Callable[[Future[T]], None]", keep: bool = False) -> None:
+    def _write(self, work: Callable[[Connection], T], done: "Callable[[Future[T]], None]", **how: bool) -> None:
         loop = asyncio.get_running_loop()
-        self.clerk.write(work, keep).add_done_callback(lambda future: loop.call_soon_threadsafe(done, future))
+        self.clerk.write(work, **how).add_done_callback(lambda future: loop.call_soon_threadsafe(done, future))
 
     async def finish(self, seconds: float) -> bool:
         """Write what is left; False if that was not possible."""

@@ -3,6 +3,7 @@
     clerk = Clerk(database)
     future = clerk.write(work)                    # work(connection) -> result; the future has it once it is on the disk
     clerk.write(work, keep=True)                  # tried until it succeeds, whatever the database does
+    clerk.write(work, light=True)                 # without waiting for the disk: `Database.light`
     clerk.down                                    # why nothing can be written now, or None
     clerk.finish(seconds)
 
@@ -35,6 +36,7 @@ T = TypeVar("T")
 class _Job:
     work: Callable[[Connection], Any]
     keep: bool
+    light: bool
     future: "Future[Any]" = field(default_factory=Future)
 
 
@@ -54,8 +56,8 @@ class Clerk:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def write(self, work: Callable[[Connection], T], keep: bool = False) -> "Future[T]":
-        job = _Job(work, keep)
+    def write(self, work: Callable[[Connection], T], keep: bool = False, light: bool = False) -> "Future[T]":
+        job = _Job(work, keep, light)
         self._jobs.put(job)
         return job.future
 
@@ -68,8 +70,11 @@ class Clerk:
     def _run(self) -> None:
         while not self._ending or (self._kept and self.down is None):
             batch = self._batch()
-            if batch or self.down is not None:
-                self._write(batch)
+            light, rest = [job for job in batch if job.light], [job for job in batch if not job.light]
+            if light:
+                self._write(light, light=True)
+            if rest or (self.down is not None and not light):
+                self._write(rest)
 
     def _batch(self) -> list[_Job]:
         """What is there, after waiting for something; while the database is down, after half a second."""
@@ -89,9 +94,9 @@ class Clerk:
             return batch
         return batch
 
-    def _write(self, batch: list[_Job]) -> None:
+    def _write(self, batch: list[_Job], light: bool = False) -> None:
         try:
-            with self._database.writing() as connection:
+            with self._database.writing(light) as connection:
                 results = [job.work(connection) for job in batch]
                 if self.down is not None:
                     _try(connection)

@@ -6,8 +6,9 @@
     with database.reading() as connection: ...        # never waits for a writer
 
 SQLite is in WAL mode with synchronous=FULL: what has been committed outlives a crash and a loss of power, as far as the
-disk keeps its word. Its file must be on a local disk. What the database fails with becomes `Down`, which says whether
-waiting may help. Left out: several databases, and pools larger than a gateway needs.
+disk keeps its word. What must outlive a crash alone need not wait for the disk (`light`). The file must be on a local
+disk. What the database fails with becomes `Down`, which says whether the disk is full. Left out: several databases, and
+pools larger than a gateway needs.
 """
 
 import contextlib
@@ -51,14 +52,17 @@ class Down(Exception):
 class Database:
     engine: Engine
     """Whose transactions write from their first moment."""
+    light: Engine
+    """The same, but does not wait for the disk: its commits outlive the process at once, and a loss of power from the
+    next commit of `engine` on. With PostgreSQL, which may crash alone, it is `engine`."""
     reader: Engine
     """Each statement for itself."""
     path: Path | None
     """Of SQLite's file."""
 
     @contextmanager
-    def writing(self) -> Iterator[Connection]:
-        with _telling(), self.engine.begin() as connection:
+    def writing(self, light: bool = False) -> Iterator[Connection]:
+        with _telling(), (self.light if light else self.engine).begin() as connection:
             yield connection
 
     @contextmanager
@@ -68,6 +72,7 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+        self.light.dispose()
         self.reader.dispose()
 
 
@@ -89,25 +94,25 @@ def open_database(url: str = "") -> Database:
                 parsed = parsed.set(drivername="postgresql+psycopg")
                 options: dict[str, Any] = {"connect_args": {"connect_timeout": CONNECT}, "pool_pre_ping": True}
                 engine = create_engine(parsed, pool_size=2, **options)
-                return Database(engine, engine.execution_options(isolation_level="AUTOCOMMIT"), None)
+                return Database(engine, engine, engine.execution_options(isolation_level="AUTOCOMMIT"), None)
     raise ConfigError("--database: give a path, sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
 
 
 def _sqlite(path: Path) -> Database:
-    def engine() -> Engine:
+    def engine(synchronous: str) -> Engine:
+        def prepare(connection: sqlite3.Connection, record: ConnectionPoolEntry) -> None:
+            connection.isolation_level = None  # transactions are ours to begin: the driver's would begin too late
+            for setting in ("journal_mode=WAL", f"synchronous={synchronous}"):
+                connection.execute(f"PRAGMA {setting}").close()
+
         made = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY})
-        event.listen(made, "connect", _prepare)
+        event.listen(made, "connect", prepare)
         return made
 
-    writer, reader = engine(), engine()
-    event.listen(writer, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return Database(writer, reader, path)
-
-
-def _prepare(connection: sqlite3.Connection, record: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # transactions are ours to begin: the driver's would begin too late
-    for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {setting}").close()
+    writer, light, reader = engine("FULL"), engine("NORMAL"), engine("FULL")
+    for each in (writer, light):
+        event.listen(each, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    return Database(writer, light, reader, path)
 
 
 @contextmanager

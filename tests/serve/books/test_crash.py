@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -31,13 +30,13 @@ def writer(url: str, database: Database) -> Iterator[subprocess.Popen[str]]:
     process.wait(30)
 
 
-def said(lines: IO[str], after: float) -> list[list[str]]:
-    """All that one writer says until it is killed, `after` seconds from its first acknowledgement."""
+def said(lines: IO[str], most: int) -> list[list[str]]:
+    """All that one writer says; it is killed when so many acknowledgements have been read, and goes on meanwhile."""
     found = list[list[str]]()
     for line in lines:
         found.append(line.split())
-        if len(found) == 2:
-            threading.Timer(after, os.kill, (int(found[0][1]), signal.SIGKILL)).start()
+        if len(found) == most + 1:
+            os.kill(int(found[0][1]), signal.SIGKILL)
         if line == "ended\n":
             return found[1:-1]
     raise AssertionError("the process is gone")
@@ -51,7 +50,7 @@ def test_what_was_acknowledged_is_there_after_each_kill(
     dice, acknowledged = random.Random(kills), list[list[str]]()
     for _ in range(kills):
         writer.stdin.write("go\n")
-        acknowledged += said(writer.stdout, dice.random() * 0.1)
+        acknowledged += said(writer.stdout, dice.randint(1, 100))
         other = open_books()
         with other.reading() as connection:
             ended = dict(map(tuple, connection.execute(select(Request.id, Request.ended))))  # type: ignore[arg-type]
@@ -63,7 +62,7 @@ def test_what_was_acknowledged_is_there_after_each_kill(
                 assert connection.execute(text("PRAGMA integrity_check")).scalars().all() == ["ok"]
         other.close()
     kinds = {kind for kind, _ in acknowledged}
-    assert kinds == {"key", "reserved", "settled"} and len(acknowledged) > 10 * kills
+    assert kinds == {"key", "reserved", "settled"} and len(acknowledged) > 5 * kills
     with database.writing() as connection:
         dead = ledger.gateways(connection)
         assert len(dead) == kills

@@ -47,7 +47,7 @@ def write_for_ever(url: str) -> None:
             works.append(("key", functools.partial(create, pepper=PEPPER, grant=Grant(id, budget=5))))
         for text, work in works:
             room.acquire()
-            clerk.write(work).add_done_callback(functools.partial(done, text))
+            clerk.write(work, light=text.startswith("reserved")).add_done_callback(functools.partial(done, text))
 
 
 def main(url: str) -> None:
