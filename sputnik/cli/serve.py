@@ -121,9 +121,9 @@ class ServeConfig(FrontConfig):
 
     @property
     def served_name(self) -> str:
-        """`runs/quickstart/zero/checkpoint` is served as quickstart-zero."""
+        """`runs/quickstart/zero/checkpoint` is served as quickstart-zero; upstreams name their own."""
         if self.name is not None or self.upstream:
-            return self.name or "MODEL"
+            return self.name or ""
         parts = [part for part in Path(self.model).parts if part not in ("/", "..", ".", "checkpoint")]
         if "runs" in parts[:-1]:
             parts = ["-".join(parts[parts.index("runs") + 1 :])]
@@ -214,9 +214,11 @@ def _welcome(config: ServeConfig, key: str | None) -> None:
     at = f"http://{host}:{config.port}"
     bearer = key if key is not None and key.startswith("sk-") else "$SPUTNIK_API_KEY"
     header = "" if key is None else f' -H "Authorization: Bearer {bearer}"'
-    question = f'{{"model": "{config.served_name}", "messages": [{{"role": "user", "content": "What is 7+5-3?"}}]}}'
+    question = (
+        f'{{"model": "{config.served_name or "MODEL"}", "messages": [{{"role": "user", "content": "What is 7+5-3?"}}]}}'
+    )
     lines = [
-        f"serving {config.served_name if config.name or config.model else ', '.join(config.upstream)} at {at}/v1",
+        f"serving {config.served_name or ', '.join(config.upstream)} at {at}/v1",
         f"  key      {key or 'none is asked for'}",
         f"  metrics  http://127.0.0.1:{config.metrics_port}/metrics",
         f"  try      curl {at}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{question}'",
