@@ -40,6 +40,8 @@ ADDED = (THINK, END_THINK, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, END_OF
 SPECIAL = frozenset({BOS, EOS, PAD, END_OF_TURN})
 CONFIG_KEYS = {BOS: ("bos_token",), EOS: ("eos_token",)}
 SMALLEST_VOCABULARY = 256 + 3 + len(ADDED)
+LONG = 1 << 14
+"""Characters of a text whose encoding takes so long that other threads should run meanwhile."""
 
 
 class Tokenizer:
@@ -266,8 +268,11 @@ def _append_control_tokens(full: tokenizers.Tokenizer) -> None:
 
 def _ids(engine: tokenizers.Tokenizer, text: str) -> list[int]:
     _check_encodable(text)
-    ids: list[int] = engine.encode(text, add_special_tokens=False).ids
-    return ids
+    if len(text) < LONG:
+        ids: list[int] = engine.encode(text, add_special_tokens=False).ids
+        return ids
+    (found,) = engine.encode_batch_fast([text], add_special_tokens=False)  # unlike `encode`, lets other threads run
+    return list(found.ids)
 
 
 def _check_encodable(text: str) -> None:

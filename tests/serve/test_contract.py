@@ -37,7 +37,7 @@ def schemathesis(server: Any, folder: Path, *flags: str) -> int:
             "--checks", "all", "--exclude-checks", "positive_data_acceptance", "--request-timeout", str(SECONDS),
             "--suppress-health-check", "all", "--warnings", "off", "--no-color", *flags,
         ],
-        cwd=folder, capture_output=True, text=True, timeout=280, env=os.environ | {"COLUMNS": "200"},
+        cwd=folder, capture_output=True, text=True, timeout=1100, env=os.environ | {"COLUMNS": "200"},
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-8000:] + found.stderr
     counted = re.search(r"([\d,]+) generated", found.stdout)
@@ -51,8 +51,9 @@ def test_three_hundred_requests_keep_the_contract(brief: Any, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_thousands_of_requests_keep_the_contract(brief: Any, tmp_path: Path) -> None:
-    assert schemathesis(brief, tmp_path, "--max-examples", "60") >= 1500
+    assert schemathesis(brief, tmp_path, "--max-examples", "20") >= 1500
     brief.until_idle()
     assert brief.fetch("/ready")[0] == 200
 

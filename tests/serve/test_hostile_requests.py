@@ -7,11 +7,15 @@ depend on what else a machine does.
 
 import json
 import statistics
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sputnik.engine.llm import LLM
 
 MILLISECONDS = 100
 """Of each case, the best of three; the median of all is a fifth of it."""
@@ -229,6 +233,28 @@ def test_what_cannot_be_done(
 def test_nobody_has_waited_and_the_engine_has_not_heard_of_it(times: list[float], untouched: Untouched) -> None:
     assert len(times) > 200 and statistics.median(times) < MILLISECONDS / 5
     untouched.check()
+
+
+def test_a_long_text_is_encoded_beside_other_threads_to_the_same_ids(llm: LLM) -> None:
+    """So that streams keep their pace while a megabyte is read."""
+    text, gaps, done = "ab cd " * 30_000, [0.0], threading.Event()
+
+    def breathe() -> None:
+        last = time.perf_counter()
+        while not done.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    other = threading.Thread(target=breathe)
+    other.start()
+    begun = time.perf_counter()
+    ids = llm.tok.encode(text)
+    took = time.perf_counter() - begun
+    done.set()
+    other.join()
+    assert max(gaps) < took / 2
+    assert ids == llm.tok.encode(text[:6000]) * 30
 
 
 SCHEMAS: dict[str, Any] = {
