@@ -260,6 +260,7 @@ async def _metrics(service: Service) -> bytes:
         "queued_prompt_tokens": float(admission.tokens),
         "worker_up": float(service.engine.up),
         "workers_lost": float(service.engine.died),
+        "books_up": float(service.books is None or service.books.ready),
     }
     try:
         async with asyncio.timeout(2.0):

@@ -160,6 +160,9 @@ class CountingEngine:
     def done(self, run: int) -> None:
         self._runs.pop(run, None)
 
+    async def figures(self) -> dict[str, float]:
+        return {}
+
     def end(self, run: int, sample: int) -> None: ...
 
     def answer_now(self, run: int) -> None: ...

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sputnik.serve.app import make_operator_app
 from sputnik.serve.books import ledger
 from sputnik.serve.books.database import open_database, upgrade
 
@@ -30,10 +31,24 @@ async def outage(front: Any, key: str, status: int, code: str, begin: Any, end: 
     await stream
     assert running.status == 200 and running.body.endswith(b"data: [DONE]\n\n") and b'"error"' not in running.body
     assert (await front.ask(key)).status == status, "at the door"
+    assert b"sputnik:books_up 0.0" in await metrics(front)
     assert (await front.post("/v1/models", {}, key, method="GET")).status == 200, "what costs nothing goes on"
     await end()
     await front.until(lambda: front.books.ready)
+    assert b"sputnik:books_up 1.0" in await metrics(front)
     assert (await front.ask(key)).status == 200
+
+
+async def metrics(front: Any) -> bytes:
+    """The operator's page."""
+    found = b""
+
+    async def send(message: Any) -> None:
+        nonlocal found
+        found += message.get("body", b"")
+
+    await make_operator_app(front.service)({"type": "http", "path": "/metrics"}, send, send)
+    return found
 
 
 def made(url: str) -> None:
