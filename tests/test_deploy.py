@@ -107,7 +107,9 @@ def grace(drain: float) -> float:
 def test_every_command_is_one_of_sputnik_and_has_time_to_drain() -> None:
     (line,) = unit()["ExecStart"]
     verb, *flags = shlex.split(line)[1:]
-    config = parsed([flag.replace("${SPUTNIK_MODEL}", "m").replace("%S", "/var/lib").replace("%i", "8000") for flag in flags])
+    config = parsed(
+        [flag.replace("${SPUTNIK_MODEL}", "m").replace("%S", "/var/lib").replace("%i", "8000") for flag in flags]
+    )
     assert verb == "serve" and float(unit()["TimeoutStopSec"][0]) >= grace(config.drain)
     assert unit()["RestartPreventExitStatus"] == ["2"] and unit()["KillMode"] == ["mixed"]
 
