@@ -29,6 +29,8 @@ from sputnik.serve.books.tables import Fact
 AGAIN = 0.5
 """Seconds between attempts while the database is down."""
 BATCH = 256
+LATER = 0.05
+"""Seconds that a write which is kept anyway may wait for others, to share their commit."""
 T = TypeVar("T")
 
 
@@ -37,6 +39,7 @@ class _Job:
     work: Callable[[Connection], Any]
     keep: bool
     light: bool
+    since: float = field(default_factory=time.monotonic)
     future: "Future[Any]" = field(default_factory=Future)
 
 
@@ -73,18 +76,27 @@ class Clerk:
             light, rest = [job for job in batch if job.light], [job for job in batch if not job.light]
             if light:
                 self._write(light, light=True)
-            if rest or (self.down is not None and not light):
+            if rest and not self._is_due(rest):
+                self._kept = rest + self._kept
+            elif rest or (self.down is not None and not light):
                 self._write(rest)
+
+    def _is_due(self, batch: list[_Job]) -> bool:
+        """What nobody waits for is put off a little, so that the disk does not hold up reservations all the time."""
+        now = time.monotonic()
+        if self._ending or self.down is not None or len(batch) >= BATCH or not all(job.keep for job in batch):
+            return True
+        return now - min(job.since for job in batch) >= LATER
 
     def _batch(self) -> list[_Job]:
         """What is there, after waiting for something; while the database is down, after half a second."""
         if self.down is not None:
             time.sleep(AGAIN)
         batch, self._kept = self._kept, []
-        wait = self.down is None and not batch
+        wait, seconds = self.down is None, LATER if batch else None
         try:
-            while len(batch) < BATCH:
-                job = self._jobs.get(block=wait)
+            while len(batch) < 2 * BATCH:
+                job = self._jobs.get(block=wait, timeout=seconds)
                 wait = False
                 if job is None:
                     self._ending = True
