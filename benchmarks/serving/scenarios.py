@@ -91,13 +91,15 @@ async def watched(target: Target, name: str, every: float = 0.1) -> AsyncIterato
 # --- L1 ---
 
 
-async def overload(target: Target, rate: float, seconds: float, tokens: int = 20, seed: int = 0) -> Figures:
-    """Open loop at `rate` requests a second: what is refused, what is admitted, whether it waited as it was told."""
+async def overload(target: Target, rate: float, seconds: float, seed: int = 0, both: bool = False) -> Figures:
+    """Open loop at `rate` requests a second: what is refused, what is admitted, whether it waited as it was told.
+
+    `both`: of two keys in turn; else of one. Answers of 20 tokens."""
     stated: dict[int, float] = {}
 
     def make(number: int) -> Ask:
-        key = target.other_key if number % 2 else target.key
-        return target.ask(number, tokens=tokens, key=key, headers=(("x-request-id", f"load-{seed}-{number}"),))
+        key = target.other_key if both and number % 2 else target.key
+        return target.ask(number, tokens=20, key=key, headers=(("x-request-id", f"load-{seed}-{number}"),))
 
     async def one(ask: Ask, due: float) -> Answer:
         answer = asyncio.create_task(send(ask, due))
