@@ -333,4 +333,4 @@ def test_the_docs_name_every_module_and_every_route(server: Any) -> None:
     assert set(re.findall(r"`(\w+\.py)`", page)) == modules
     paths = {path.replace("{id}", "ID") for path in fetch(server, "/openapi.json")[1]["paths"]}
     named = set(re.findall(r"(?:GET|POST) (/[\w/.]+)", page))
-    assert paths - {"/v1/models/{model}"} <= named and named <= {*paths, "/openapi.json"}
+    assert paths - {"/v1/models/{model}"} <= named and named <= {*paths, "/openapi.json", "/status", "/status.json"}
