@@ -126,8 +126,9 @@ class Books:
         return changed, found
 
     def _sweep(self) -> None:
-        """Settle what dead gateways left."""
-        with self.database.reading() as connection:
+        """Settle what dead gateways left, and forget answers of more than a day ago."""
+        with self.database.writing() as connection:
+            ledger.forget_repeats(connection, int(time.time()) - ledger.DAY)
             others = ledger.gateways(connection)
         for dead in self._alive.dead(others):
             with self.database.writing() as connection:

@@ -146,6 +146,12 @@ def recover(connection: Connection, gateway: str) -> int:
     return len(rows)
 
 
+def forget_repeats(connection: Connection, before: int) -> int:
+    """Delete the answers that were kept for who asks again, of earlier than that; how many."""
+    old = delete(Repeat).where(Repeat.at < before, Repeat.answer.is_not(None))
+    return int(connection.execute(old).rowcount)
+
+
 def join(connection: Connection, gateway: str) -> None:
     """A gateway is there; done twice, it is there once."""
     row = dict(id=gateway, started=int(time.time()))

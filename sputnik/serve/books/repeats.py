@@ -24,12 +24,11 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sqlalchemy import Connection, delete, select, update
 
 from sputnik.serve.books.books import Books
-from sputnik.serve.books.ledger import kind_of
+from sputnik.serve.books.ledger import DAY, kind_of
 from sputnik.serve.books.tables import Repeat
 from sputnik.serve.guard import App, Call, Receive, Scope, Send, refuse
 from sputnik.serve.refusals import Refusal
 
-DAY = 86_400
 LARGEST = 4 << 20
 SHAPE = re.compile(rb"[\x21-\x7e]{1,255}")
 NONCE = 12
@@ -157,11 +156,6 @@ class _Entry:
     def _keep(self, connection: Connection, kept: Kept) -> None:
         sealed = seal(zlib.compress(msgspec.msgpack.encode(kept), 1), self._secret)
         connection.execute(update(Repeat).where(Repeat.name == self._name).values(answer=sealed))
-
-
-def forget_old(connection: Connection) -> None:
-    """What is older than a day."""
-    connection.execute(delete(Repeat).where(Repeat.at < int(time.time()) - DAY, Repeat.answer.is_not(None)))
 
 
 def seal(text: bytes, secret: bytes) -> bytes:

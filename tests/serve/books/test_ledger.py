@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, insert, select
 
 from sputnik.serve.books import ledger
 from sputnik.serve.books.access import check_pepper
 from sputnik.serve.books.database import Database
 from sputnik.serve.books.ledger import Purse, Reservation
 from sputnik.serve.books.prices import Price, Tokens
-from sputnik.serve.books.tables import Account, Entry, Request
+from sputnik.serve.books.tables import Account, Entry, Repeat, Request
 
 PRICE = Price(140_000, 550_000, 2_190_000)
 FAILS = 666
@@ -57,6 +57,15 @@ def test_a_budget_is_not_exceeded_by_a_millionth(database: Database) -> None:
         ledger.settle(connection, "1", Tokens(), "aborted")
         assert ledger.purses(connection, ["a"])["a"].left == 100
         assert ledger.audit(connection) == []
+
+
+def test_answers_that_were_kept_are_forgotten_after_a_day_and_those_that_run_are_not(database: Database) -> None:
+    rows = [("old", 99, b"x"), ("runs", 99, None), ("new", 100, b"x")]
+    with database.writing() as connection:
+        for name, at, answer in rows:
+            connection.execute(insert(Repeat).values(name=name, body="b", gateway="g", at=at, answer=answer))
+        assert ledger.forget_repeats(connection, 100) == 1
+        assert set(connection.execute(select(Repeat.name)).scalars()) == {"runs", "new"}
 
 
 def test_the_audit_finds_what_does_not_add_up(database: Database) -> None:
