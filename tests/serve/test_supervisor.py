@@ -34,9 +34,13 @@ def test_what_cannot_start_is_given_up_after_five_times(command: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_it_ends_with_its_terminal_and_a_child_that_was_loading_is_no_failure(number: int) -> None:
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup a terminal's end would be ignored, as it should
     kill = threading.Timer(0.3, os.kill, (os.getpid(), number))
     kill.start()
-    code, said = run("/bin/sleep", "60", settings=WorkerSettings("m", "socket"))
+    try:
+        code, said = run("/bin/sleep", "60", settings=WorkerSettings("m", "socket"))
+    finally:
+        signal.signal(number, before)
     assert code == 0 and said[-1] == "stopped", said
 
 
