@@ -7,6 +7,7 @@ state: who asks, the body, and a seat at the door of the queue, given back here 
 """
 
 import asyncio
+import contextlib
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
@@ -20,6 +21,8 @@ from sputnik.serve.service import Service
 
 MAX_BODY = 1 << 20
 BODY_SECONDS = 12.0
+LINGER_SECONDS, LINGER_BYTES = 1.0, 8 << 20
+"""How much of a large body is read and thrown away after its refusal: who is still sending would not see the answer."""
 """That a body may take to arrive."""
 OPEN = frozenset({"/health", "/ready", "/version", "/status", "/status.json"})
 """Paths that say nothing about anybody, and ask for no key."""
@@ -67,6 +70,8 @@ class Guard:
             call = await self._admit(scope, receive)
         except Refusal as refusal:
             await refuse(send, refusal, scope["path"])
+            if scope["method"] == "POST" and refusal.status == 413:
+                await _linger(receive)
             return
         scope.setdefault("state", {})["call"] = call
         try:
@@ -146,6 +151,17 @@ async def _read(receive: Receive, size: int) -> bytes:
                     return b"".join(parts)
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
+
+
+async def _linger(receive: Receive) -> None:
+    total = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while total < LINGER_BYTES:
+                message = await receive()
+                total += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 def _request_id(given: bytes | None) -> str:

@@ -202,9 +202,11 @@ def test_a_killed_parent_takes_the_sandbox_with_it(sandbox: Sandbox) -> None:
     code = "from sputnik.tasks.sandbox import *; Sandbox(Limits(seconds=99)).run('import time; time.sleep(99)')"
     processes: list[psutil.Process] = []
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as parent:
-        while [process.name() for process in processes] != ["bwrap", "python3", "python3"]:
-            with suppress(psutil.NoSuchProcess):
+        names: list[str] = []
+        while names != ["bwrap", "python3", "python3"]:
+            with suppress(psutil.NoSuchProcess):  # while it starts, some come and go
                 processes = psutil.Process(parent.pid).children(recursive=True)
+                names = [process.name() for process in processes]
         parent.kill()
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
