@@ -118,14 +118,22 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sputnik"
 
 
+@lru_cache
+def cpu_fields() -> Mapping[str, str]:
+    """What Linux says of the processor, by the names it uses: "model name", "flags" ...; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
 def cpu_name() -> str:
     """The processor as the system calls it; family, model and stepping too, for virtual machines hide the rest."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    fields = cpu_fields()
+    if not fields:
         return platform.processor() or platform.machine()
-    pairs = (line.split(":", 1) for line in lines if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in pairs}
     numbers = "-".join(fields.get(key, "?") for key in ("cpu family", "model", "stepping"))
     return f"{fields.get('model name', platform.machine())} ({numbers})"
 
@@ -134,13 +142,11 @@ def cpu_name() -> str:
 def multiplies_bf16() -> bool:
     """Whether bf16 products are faster than fp32 ones here, told by what the CPU is and not by the clock, so that a
     resumed run computes the same bits: with AMX, with AMD's AVX512_BF16, and wherever we do not know better."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
+    fields = cpu_fields()
+    flags = fields.get("flags")
+    if flags is None or "amx_bf16" in flags:
         return True
-    if "amx_bf16" in text or "flags" not in text:
-        return True
-    return "AuthenticAMD" in text and "avx512_bf16" in text
+    return fields.get("vendor_id") == "AuthenticAMD" and "avx512_bf16" in flags
 
 
 def total_memory() -> int:

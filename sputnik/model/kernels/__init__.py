@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from sputnik.errors import SputnikError
-from sputnik.hardware import cache_directory
+from sputnik.hardware import cache_directory, cpu_fields
 
 SOURCES = ("packed", "runner", "choose", "causal", "train")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
@@ -32,11 +32,7 @@ SWITCH = "SPUTNIK_KERNELS"
 
 def cpu_abilities() -> tuple[str, ...]:
     """The CPU's instruction sets as Linux names them; nothing elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ()
-    return next((tuple(sorted(line.split(":", 1)[1].split())) for line in lines if line.startswith("flags")), ())
+    return tuple(sorted(cpu_fields().get("flags", "").split()))
 
 
 def library_path() -> Path:
