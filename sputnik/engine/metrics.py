@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sputnik.cost import decode_flops_per_token, step_bytes
+from sputnik.cost import decode_flops_per_token, kv_bytes_per_token, step_bytes
 from sputnik.engine.sample import Event
 from sputnik.engine.scheduler import Scheduler
 from sputnik.engine.speculate import Speculation
@@ -27,13 +27,11 @@ class Work:
 
     def bytes(self, steps: Mapping[int, int], context: int) -> float:
         """`steps`: how many computed so many tokens; `context`: cached tokens attended to, over all steps."""
-        empty = step_bytes(self.config, 0, 0, self.weight_bytes, self.cache_bytes)
-        cached = step_bytes(self.config, 0, context, self.weight_bytes, self.cache_bytes) - empty
         weights = (
             count * step_bytes(self.config, tokens, 0, self.weight_bytes, self.cache_bytes)
             for tokens, count in steps.items()
         )
-        return sum(weights) + cached
+        return sum(weights) + context * kv_bytes_per_token(self.config, self.cache_bytes)
 
     def flops(self, tokens: int, context: int) -> float:
         return tokens * decode_flops_per_token(self.config, round(context / max(1, tokens)))
