@@ -1,6 +1,6 @@
 """`sputnik release RUN OUT --words CARD.toml`: a model of a finished run for others to use, with its card.
 
-    sputnik release runs/r1 r1-mini --stage r1 --words recipes/r1-card.toml
+    sputnik release runs/r1 r1-mini --stage r1 --words recipes/cards/r1.toml
 
 The weights are written in bfloat16 and scored again; OUT/README.md tells of scores, stages, data and price.
 """

@@ -1,6 +1,6 @@
 """Make a model of a finished run ready for others: bf16 weights with tokenizer and template, scored again, and a card.
 
-    release(Path("runs/r1"), Path("r1-mini"), read_words(Path("recipes/r1-card.toml")), "r1", console)
+    release(Path("runs/r1"), Path("r1-mini"), read_words(Path("recipes/cards/r1.toml")), "r1")
 
     OUT/config.json, model.safetensors, tokenizer ...   what transformers, vLLM and `sputnik chat OUT` read
     OUT/README.md                                        the card, for people
@@ -26,6 +26,7 @@ from sputnik.errors import ConfigError, DataError
 from sputnik.eval.results import EvalResult
 from sputnik.files import replace_directory
 from sputnik.model.checkpoint import open_weights
+from sputnik.model.config import ModelConfig
 from sputnik.model.hf_out import write_hf
 from sputnik.recipe.evaluation import EvalConfig, evaluate_checkpoint
 from sputnik.recipe.evidence import Run, Stage, read_json, read_run
@@ -80,7 +81,10 @@ def release(
         if most_mb is not None and size > most_mb * 1e6:
             raise ConfigError(f"{model.name}: {size / 1e6:.1f} MB of weights, and {most_mb:g} MB are allowed")
         result = evaluate_checkpoint(draft, settings, on_progress=on_progress)
-        facts = _facts(run, model, words, result) | {"bytes": size, "settings": dataclasses.asdict(settings)}
+        facts = _facts(run, model, weights.config, words, result) | {
+            "bytes": size,
+            "settings": dataclasses.asdict(settings),
+        }
         (draft / "card.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (draft / "README.md").write_text(render_card(facts), encoding="utf-8")
     return facts
@@ -95,10 +99,9 @@ def _model(run: Run, name: str | None) -> Stage:
     return found[-1]
 
 
-def _facts(run: Run, model: Stage, words: Words, result: EvalResult) -> Facts:
+def _facts(run: Run, model: Stage, config: ModelConfig, words: Words, result: EvalResult) -> Facts:
     """Of the stages only those that the model stands on: a student made from it is no part of its price."""
     report, needed = gather(run), _below(run, model)
-    config = open_weights(model.path / "checkpoint").config
     count = parameters(config)
     scores = {stage.name: each for stage in run.stages for each in run.evaluations(stage)[:1]}
     spent = [stage for stage in report["stages"] if stage["name"] in needed]
