@@ -76,3 +76,14 @@ def checkpoint(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def llm(checkpoint: Path) -> LLM:
     return LLM(checkpoint, precision="fp32", exact=True, cache_tokens=4096, max_running=16)
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("arithmetic")
+
+
+@pytest.fixture(scope="module")
+def judges() -> Iterator[VerifierPool]:
+    with VerifierPool("arithmetic") as pool:
+        yield pool

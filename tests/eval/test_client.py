@@ -22,7 +22,7 @@ from sputnik.eval.client import Endpoint, EndpointConfig, Refused, read_reply, r
 from sputnik.eval.harness import Written, examine
 from sputnik.eval.models import Local
 from sputnik.eval.records import Question
-from sputnik.tasks.base import Problem, Task, load_task
+from sputnik.tasks.base import Problem, Task
 from sputnik.tasks.verify import VerifierPool
 
 PARAMS = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=8, seed=3)
@@ -122,17 +122,6 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between attempts no more than a moment."""
     monkeypatch.setattr("sputnik.eval.client.FIRST_WAIT_S", 0.01)
     monkeypatch.setattr("sputnik.eval.client.LONGEST_WAIT_S", 0.02)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task("arithmetic")
-
-
-@pytest.fixture(scope="module")
-def judges() -> Iterator[VerifierPool]:
-    with VerifierPool("arithmetic") as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")

@@ -15,22 +15,11 @@ from sputnik.errors import ConfigError
 from sputnik.eval.harness import Written, examine
 from sputnik.eval.models import Local, fingerprint
 from sputnik.eval.records import Question
-from sputnik.tasks.base import Problem, Task, hash_of, load_task
+from sputnik.tasks.base import Problem, Task, hash_of
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import parse, template_hash
 
 WARM = SamplingParams(temperature=0.9, top_p=0.95, max_tokens=24, seed=3)
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task("arithmetic")
-
-
-@pytest.fixture(scope="module")
-def judges() -> Iterator[VerifierPool]:
-    with VerifierPool("arithmetic") as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")

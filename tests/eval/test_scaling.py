@@ -1,7 +1,6 @@
 """Test-time scaling: every point is a run of its own on the same questions, forced the way it says."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mode
 
@@ -15,19 +14,8 @@ from sputnik.eval.models import Local
 from sputnik.eval.results import EvalResult
 from sputnik.eval.scaling import Scaling, consensus, derived, scale
 from sputnik.eval.stats import cons_at_k
-from sputnik.tasks.base import Problem, Task, load_task
+from sputnik.tasks.base import Problem, Task
 from sputnik.tasks.verify import VerifierPool
-
-
-@pytest.fixture(scope="module")
-def task() -> Task:
-    return load_task("arithmetic")
-
-
-@pytest.fixture(scope="module")
-def judges() -> Iterator[VerifierPool]:
-    with VerifierPool("arithmetic") as pool:
-        yield pool
 
 
 @pytest.fixture(scope="module")
