@@ -30,13 +30,18 @@ from sputnik.text.tokenizer import Tokenizer
 TOKENS, PROMPT, SLOTS, CONTEXT, KEY = 48, 32, 16, 512, "sk-a"
 WORDS = range(1000, 40000)
 """Ids that every tokenizer of the model has as plain text."""
+READY = "/ready"
+"""Of ours: 200 once a token has come out of the engine. Its /health is that of the gateway, which loads nothing."""
 
 
 class PeerServer:
-    """A server as a process: until it answers, stopped while it is not its turn."""
+    """A server as a process: waited for until it can answer, stopped while it is not its turn."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], port: int, env: dict[str, str]) -> None:
-        self.name, self.port = name, port
+    def __init__(
+        self, name: str, command: Sequence[str | Path], port: int, env: dict[str, str], ready: str = "/health"
+    ) -> None:
+        """`ready`: the path that is 200 once the model is loaded."""
+        self.name, self.port, self._ready = name, port, ready
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=self._log, stderr=self._log, env=os.environ | env, process_group=0
@@ -46,13 +51,15 @@ class PeerServer:
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{self._ready}", timeout=10):
                     return
-            except (urllib.error.URLError, OSError):
+            except OSError as error:
+                if isinstance(error, urllib.error.HTTPError):  # it lives, and loads
+                    error.close()
                 time.sleep(0.5)
-        self.end()
         self._log.seek(0)
         words = self._log.read().decode(errors="replace").split()
+        self.end()
         raise Absent(f"{self.name} did not come up: {' '.join(words)[-300:]}")
 
     def go(self, on: bool) -> None:
@@ -75,6 +82,7 @@ class PeerServer:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
+        self._log.close()
 
 
 def start(name: str, environments: Path, port: int, threads: int) -> PeerServer:
@@ -85,7 +93,7 @@ def start(name: str, environments: Path, port: int, threads: int) -> PeerServer:
     if name == "ours":
         command: list[str | Path] = [sys.executable, "-m", "sputnik", "serve", model, "--port", str(port)]
         command += ["--name", "smollm2", "--precision", "bf16", "--slots", str(SLOTS), "--database", "none"]
-        server = PeerServer(name, command, port, one | {"SPUTNIK_API_KEY": KEY})
+        server = PeerServer(name, command, port, one | {"SPUTNIK_API_KEY": KEY}, READY)
     elif name == "llama.cpp":
         binary = environments / "llama" / "bin" / "llama-server"
         if not binary.exists():

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 
 from benchmarks.serving.load import Answer, Ask, send
 from benchmarks.serving.paced import answer
+from benchmarks.serving.peer_servers import READY, PeerServer
 from benchmarks.serving.scenarios import Target, fetch, until_idle
 
 KEY = "sk-test"
@@ -146,20 +148,40 @@ def test_a_killed_gateway_is_back_and_has_left_nothing_running(paced: Any, targe
 def test_a_whole_server_that_was_stopped_goes_on_where_it_was(paced: Any, target: Target) -> None:
     """A machine that is paused, say: nobody is taken for dead by those who were stopped too."""
 
-    async def run() -> None:
-        asks = [Ask(paced.port, KEY, tokens=40, seed=each) for each in range(4)]
-        streams = asyncio.gather(*map(send, asks))
+    async def run(processes: list[psutil.Process]) -> None:
+        asks = [Ask(paced.port, KEY, tokens=40, seed=each) for each in range(12)]
+        streams = asyncio.gather(*map(send, asks[:8]))
         await asyncio.sleep(0.5)
-        processes = [psutil.Process(paced.process.pid), paced.child("gateway"), paced.child("worker")]
         for each in processes:
             each.suspend()
         await asyncio.sleep(12)
         for each in processes:
             each.resume()
-        assert [check(each) for each in await streams] == ["whole"] * 4
-        assert [paced.child("gateway"), paced.child("worker")] == processes[1:]
+        late = await asyncio.gather(*map(send, asks[8:]))
+        assert [check(each) for each in [*await streams, *late]] == ["whole"] * 12
 
-    asyncio.run(run())
+    processes = [psutil.Process(paced.process.pid), paced.child("gateway"), paced.child("worker")]
+    for each in (processes, processes[::-1]):
+        asyncio.run(run(each))
+        assert [paced.child("gateway"), paced.child("worker")] == processes[1:]
+    asyncio.run(until_idle(target))
+
+
+def test_a_server_stopped_as_soon_as_it_is_taken_for_ready_answers_at_once_when_it_goes_on(paced: Any) -> None:
+    """As the benchmark of servers side by side does with ours: its gateway is alive long before a model is loaded."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    command = [sys.executable, "-m", "benchmarks.serving.paced", paced.model, "--port", str(port)]
+    server = PeerServer("ours", command, port, {"SPUTNIK_API_KEY": KEY}, READY)
+    try:
+        server.wait()
+        server.go(False)
+        time.sleep(1)
+        server.go(True)
+        assert check(asyncio.run(send(Ask(server.port, KEY, tokens=5, seed=1)))) == "whole"
+    finally:
+        server.end()
 
 
 @pytest.mark.slow
