@@ -15,7 +15,7 @@ import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match
 
 from sputnik import __version__
 from sputnik.serve.answering import answer, called, reading
@@ -33,6 +33,8 @@ from sputnik.serve.responses.shelf import Shelf
 from sputnik.serve.service import Service
 from sputnik.serve.status import page, report
 from sputnik.serve.telling import ChatTeller, CompletionTeller, Head, Teller
+
+METHODS = ("DELETE", "GET", "POST")
 
 
 def make_app(service: Service, hosts: Collection[str] | None) -> App:
@@ -218,11 +220,13 @@ async def _not_there(request: Request, error: Exception) -> Response:
     text = "no such route: see /openapi.json" if error.status_code == 404 else str(error.detail)
     response = await _refused(request, Refusal(error.status_code, text))
     if error.status_code == 405:
-        routes = [
-            each for each in request.app.routes if isinstance(each, Route) and each.path_regex.match(request.url.path)
-        ]
-        response.headers["allow"] = ", ".join(sorted({method for each in routes for method in each.methods or ()}))
+        response.headers["allow"] = ", ".join([each for each in METHODS if _takes(request, each)])
     return response
+
+
+def _takes(request: Request, method: str) -> bool:
+    scope = dict(request.scope) | {"method": method}
+    return any(route.matches(dict(scope))[0] is Match.FULL for route in request.app.routes)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

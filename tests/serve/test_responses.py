@@ -1,7 +1,7 @@
 """The Responses API over real sockets: what is streamed is the whole, what was cut is read on, what is kept is mine.
 
-Among them the cases of the Open Responses suite that apply to a model of text. It is an untrained one that never ends
-by itself, so those that want a completed answer get a schema, and those that want a call are made to call.
+The public cases of Open Responses are in `test_open_responses.py`. The model is an untrained one that hardly ends by
+itself, so those that want a completed answer get a schema, and those that want a call are made to call.
 """
 
 import http.client
@@ -299,51 +299,6 @@ def test_the_shelf_is_bounded_in_number_bytes_and_age() -> None:
     records(shelf, "b", 3, 1000, now)
     shelf._trim()
     assert {owner for owner, _ in shelf._records} == {"b"}
-
-
-WEATHER = [{"type": "message", "role": "user", "content": "Weather in Rome?"}]
-ENDS = {"text": FORM, "reasoning": OFF, "max_output_tokens": 400}
-SUITE: dict[str, dict[str, Any]] = {
-    "basic-response": {"input": [{"type": "message", "role": "user", "content": "Say hello in three words."}]},
-    "streaming-response": {"input": [{"type": "message", "role": "user", "content": "Count to 5."}], "stream": True},
-    "system-prompt": {
-        "input": [
-            {"type": "message", "role": "system", "content": "You are a pirate."},
-            {"type": "message", "role": "user", "content": "Say hello."},
-        ],
-    },
-    "tool-calling": {"input": WEATHER, **CALL, "reasoning": OFF},
-    "tool-calling-streaming": {"input": WEATHER, **CALL, "reasoning": OFF, "stream": True},
-    "multi-turn": {
-        "input": [
-            {"type": "message", "role": "user", "content": "My name is Alice."},
-            {"type": "message", "role": "assistant", "content": "Hello Alice!"},
-            {"type": "message", "role": "user", "content": "What is my name?"},
-        ],
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SUITE)
-def test_open_responses(server: Any, name: str) -> None:
-    request = SUITE[name] if "tools" in SUITE[name] else SUITE[name] | ENDS
-    found = stream(server, **request)[-1]["response"] if request.pop("stream", False) else ask(server, **request)
-    msgspec.convert(found, ResponseObject, strict=True)
-    assert found["status"] == "completed" and found["output"]
-    if "tools" in request:
-        assert any(item["type"] == "function_call" for item in found["output"])
-
-
-def test_open_responses_previous_id_and_image(server: Any) -> None:
-    first = ask(server, **ENDS)
-    assert ask(server, previous_response_id=first["id"], **ENDS)["status"] == "completed"
-    parts = [
-        {"type": "input_text", "text": "What is it?"},
-        {"type": "input_image", "image_url": "data:image/png;base64,"},
-    ]
-    status, refused, _ = server.fetch("/v1/responses", body(input=[{"role": "user", "content": parts}]))
-    assert status == 400 and "input_image is not offered" in refused["error"]["message"]
-    assert refused["error"]["param"] == "input[0].content[1].type"
 
 
 def test_openais_client_reads_streams_and_forms(server: Any) -> None:

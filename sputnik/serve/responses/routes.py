@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
@@ -43,6 +44,7 @@ def add_responses(api: APIRouter, service: Service, shelf: Shelf) -> None:
     routes = ResponseRoutes(service, shelf)
     extra, one = speaks("ResponseRequest", "ResponseObject"), speaks(None, "ResponseObject")
     api.add_api_route("/responses", routes.create, methods=["POST"], openapi_extra=extra)
+    api.add_api_route("/responses/compact", routes.compact, methods=["POST"], include_in_schema=False)
     api.add_api_route("/responses/{id}", routes.read, methods=["GET"], openapi_extra=one | QUERY)
     api.add_api_route("/responses/{id}/cancel", routes.cancel, methods=["POST"], openapi_extra=one)
     gone = speaks(None, "DeletedResponse")
@@ -93,6 +95,10 @@ class ResponseRoutes:
             record.add(teller.begin("queued"))
         self._shelf.write(record, lambda: service.close(name))
         return record
+
+    async def compact(self, request: Request) -> Response:
+        """Not offered."""
+        raise Refusal(501, "nothing is compacted here: send the input that is to be gone on from", retry=False)
 
     async def read(self, request: Request, id: str) -> Response:
         """A response as it stands; or its events, from the first or from the one after `starting_after`."""
@@ -160,4 +166,6 @@ class Replay(StreamReply):
         return f": {self._waiting()}\n\n".encode()
 
     def failed(self, refusal: Refusal) -> bytes:
-        return b"event: error\ndata: " + refusal.body() + b"\n\n"
+        """Before the first event: later ones are told by the last."""
+        event = {"type": "error", "sequence_number": self._number, **msgspec.json.decode(refusal.body())}
+        return b"event: error\ndata: " + msgspec.json.encode(event) + b"\n\ndata: [DONE]\n\n"

@@ -115,19 +115,20 @@ class Shelf:
         self._records: dict[tuple[str, str], Record] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
-    def find(self, owner: str, id: str) -> Record:
+    def find(self, owner: str, id: str, what: str = "response", param: str = "id") -> Record:
+        """`what` and `param`: what a Refusal calls it."""
         self._trim()
         record = self._records.get((owner, id))
         if record is None:
             message = f"no response {id[:100]!r} is kept here for this key"
-            raise Refusal(404, message, code="response_not_found", param="id")
+            raise Refusal(404, message, code=f"{what}_not_found", param=param)
         return record
 
     def turns(self, owner: str, id: str | None) -> list[ChatMessage]:
         """Of the response that the next one goes on from."""
         if id is None:
             return []
-        record = self.find(owner, id)
+        record = self.find(owner, id, "previous_response", "previous_response_id")
         if not record.whole or record.final is None:
             message = "previous_response_id: that response has no answer to go on from"
             raise Refusal(400, message, param="previous_response_id")

@@ -37,11 +37,11 @@ def echo(request: ResponseRequest) -> dict[str, Any]:
     missing = {"description": None, "parameters": None, "strict": None}
     form = plain(text.format) if text and text.format else {"type": "text"}
     if form["type"] == "json_schema":
-        form = {"description": None, "strict": None} | form
+        form |= {"strict": form["strict"] is not False}
     return {
         "previous_response_id": request.previous_response_id, "instructions": request.instructions,
         "tools": [missing | plain(tool) for tool in request.tools or ()],
-        "tool_choice": plain(request.tool_choice) or ("auto" if request.tools else "none"),
+        "tool_choice": plain(request.tool_choice) or "auto",
         "truncation": "disabled", "parallel_tool_calls": request.parallel_tool_calls is not False,
         "text": {"format": form, "verbosity": "medium"},
         "presence_penalty": request.presence_penalty or 0.0, "frequency_penalty": request.frequency_penalty or 0.0,
