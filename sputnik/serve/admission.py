@@ -8,10 +8,13 @@
 
 The queue is bounded in requests and in prompt tokens, and nobody is let in who would wait longer than the limit. Order:
 classes share by weight, keys within a class equally, by tokens (start-time fair queueing, Goyal 1996), requests of a
-key as they came. A few slots beyond the usual ones are for keys that have less than their share running, so that one
-with hundreds of calls cannot make the others wait for its ends. Left out: money.
+key as they came. The last places of the queue are for keys that have fewer there than another, and a few slots beyond
+the usual ones for keys that have less than their share running, so that one with hundreds of calls neither shuts the
+others out nor makes them wait for its ends. The wait that is told counts who is there and, as keys have asked lately,
+who will come and pass. Left out: money.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +29,12 @@ BYTES_PER_TOKEN = 4
 """Of a request that has not been read yet."""
 WINDOW = 2.0
 """Seconds over which the speed is measured."""
+LATELY = 5.0
+"""Seconds over which it is counted how much a key asks for."""
+RESERVE = 8
+"""One place in so many is for keys with fewer requests in the queue than another."""
+ROUNDS = 20
+"""Of making a wait longer by those who come in it."""
 
 
 class Full(Exception):
@@ -76,20 +85,54 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Share:
-    """What a key, or a class of keys, has had."""
+    """What a key, or a class of keys, has had, and asks for."""
 
     weight: float = 1.0
     had: float = 0.0
     """Tokens by weight, on the clock of its circle: the start tag of its next request."""
+    waits: int = 0
+    cost: float = 0.0
+    """Requests that wait, and what those cost."""
+    asked: float = 0.0
+    at: float = 0.0
+    """Tokens a second for which it asked when it asked last, and when that was."""
+
+    def tag(self, clock: float) -> float:
+        """Who has nothing waiting saves nothing up."""
+        return self.had if self.waits else max(self.had, clock)
+
+    def asks(self, now: float) -> float:
+        """Tokens a second for which it asks, lately."""
+        return self.asked * math.exp((self.at - now) / LATELY)
+
+    def enter(self, cost: float, clock: float, now: float) -> None:
+        self.had = self.tag(clock)
+        self.waits += 1
+        self.cost += cost
+        self.asked, self.at = self.asks(now) + cost / LATELY, now
+
+    def start(self, cost: float) -> None:
+        self.leave(cost)
+        self.had += cost / self.weight
+
+    def leave(self, cost: float) -> None:
+        self.waits -= 1
+        self.cost = self.cost - cost if self.waits else 0.0
 
 
 @dataclass(eq=False)
 class _Key(_Share):
     waiting: deque[Ticket] = field(default_factory=deque)
+    door: int = 0
+    """Tickets that are being read."""
     open: int = 0
     """Tickets that are not gone."""
     running: int = 0
     """Samples."""
+
+    @property
+    def queued(self) -> int:
+        return self.door + self.waits
 
 
 @dataclass(eq=False)
@@ -133,12 +176,14 @@ class Admission:
             raise Full("server", self.closed, 5.0)
         if key.open >= self.limits.per_key:
             raise Full("key", f"this key has {key.open} requests open, its limit", self._turn)
-        if self.waiting + self.door >= self.limits.requests:
-            raise Full("server", f"{self.waiting} requests wait already, the limit", self._wait(self._ahead()) or 5.0)
+        wait = self._forecast(identity, key.cost, now)
+        self._check_places(key, wait)
         self._check_room(guess)
-        self._check_wait(self._ahead())
+        if wait is not None and wait > self.limits.wait:
+            raise Full("server", f"it would wait {wait:.0f} s, longer than {self.limits.wait:.0f}", wait)
         ticket = Ticket(identity, guess)
         key.open += 1
+        key.door += 1
         self.door += 1
         self.tokens += guess
         return ticket
@@ -153,12 +198,11 @@ class Admission:
         ticket.prompt, ticket.answer, ticket.samples, ticket.deadline = prompt, answer, samples, deadline
         ticket.cost = PREFILL * prompt + min(answer, self._usual * samples)
         circle, key = self._circles[ticket.identity.rank], self._key(ticket.identity)
-        if not circle.backlogged:
-            circle.had = max(circle.had, self._clock)
-        if not key.waiting:
-            key.had = max(key.had, circle.clock)
+        circle.enter(ticket.cost, self._clock, now)
+        key.enter(ticket.cost, circle.clock, now)
         key.waiting.append(ticket)
         ticket.state = "waiting"
+        key.door -= 1
         self.door -= 1
         self.waiting += 1
         wait = None if deadline is None else self.place(ticket, now).wait
@@ -179,10 +223,13 @@ class Admission:
         circle, key = self._circles[ticket.identity.rank], self._key(ticket.identity)
         match ticket.state:
             case "door":
+                key.door -= 1
                 self.door -= 1
                 self.tokens -= ticket.prompt
             case "waiting":
                 key.waiting.remove(ticket)
+                key.leave(ticket.cost)
+                circle.leave(ticket.cost)
                 self.waiting -= 1
                 self.tokens -= ticket.prompt
             case "running":
@@ -197,12 +244,14 @@ class Admission:
                 return
         ticket.state = "gone"
         key.open -= 1
-        if not key.open and key.had <= circle.clock:  # nothing is lost by forgetting it
-            del circle.keys[ticket.identity.id]
         self._watch(now)
 
     def expire(self, now: float) -> list[Ticket]:
-        """Those in the queue whose deadline has passed; they have left."""
+        """Those in the queue whose deadline has passed; they have left. To be called now and then: it forgets keys."""
+        for circle in self._circles.values():
+            for id, key in list(circle.keys.items()):
+                if not key.open and key.had <= circle.clock and key.asks(now) < 1:  # nothing is lost by forgetting it
+                    del circle.keys[id]
         late = [each for each in self._queue() if each.deadline is not None and each.deadline <= now]
         for each in late:
             self.leave(each, now)
@@ -240,14 +289,14 @@ class Admission:
 
     def place(self, ticket: Ticket, now: float) -> Place:
         """Of one that waits."""
-        line = self.line()
-        position = line.index(ticket)
-        return Place(position, self._wait(sum(each.cost for each in line[:position])))
+        key = self._key(ticket.identity)
+        before = sum(each.cost for each in list(key.waiting)[: key.waiting.index(ticket)])
+        return Place(self.line().index(ticket), self._forecast(ticket.identity, before, now))
 
     @property
     def wait(self) -> float | None:
-        """Seconds for one who comes now, where the speed is known."""
-        return self._wait(self._ahead())
+        """Seconds for one behind all who wait, where the speed is known."""
+        return self._wait(sum(circle.cost for circle in self._circles.values()))
 
     def _wait(self, ahead: float) -> float | None:
         """Seconds until one starts that has so many tokens ahead of it in the queue: those, and one end."""
@@ -255,8 +304,27 @@ class Admission:
             return 0.0
         return None if not self.rate else (ahead + self._usual) / self.rate
 
-    def _ahead(self) -> float:
-        return sum(each.cost for each in self._queue())
+    def _forecast(self, identity: Identity, before: float, now: float) -> float | None:
+        """Seconds until one starts that has so many tokens of its own key before it.
+
+        Others pass until they have had as much: with what they have waiting, and what they ask for meanwhile.
+        """
+        circle, mine = self._circles[identity.rank], self._key(identity)
+        tag, here = mine.tag(circle.clock) + before, circle.tag(self._clock)
+        keys = [(key, tag - key.tag(circle.clock)) for key in circle.keys.values() if key is not mine]
+        passing = [(key.cost, key.asks(now), least + self._usual / 2) for key, least in keys if least >= 0]
+        others = [each for each in self._circles.values() if each is not circle and each.keys]
+        circles = [(each.cost, each.asks(now), each.tag(self._clock), each.weight) for each in others]
+        wait = 0.0
+        for _ in range(ROUNDS):
+            ahead = before + sum(min(cost + asks * wait, most) for cost, asks, most in passing)
+            there = here + ahead / circle.weight
+            ahead += sum(max(0.0, min(cost + asks * wait, (there - at) * weight)) for cost, asks, at, weight in circles)
+            longer = self._wait(ahead)
+            if longer is None or longer <= 1.01 * wait:
+                return longer
+            wait = longer
+        return wait
 
     @property
     def _turn(self) -> float:
@@ -298,8 +366,8 @@ class Admission:
     def _serve(self, ticket: Ticket) -> None:
         circle, key = self._circles[ticket.identity.rank], self._key(ticket.identity)
         self._clock, circle.clock = circle.had, key.had
-        circle.had += ticket.cost / circle.weight
-        key.had += ticket.cost
+        circle.start(ticket.cost)
+        key.start(ticket.cost)
         key.waiting.popleft()
         key.running += ticket.samples
         ticket.state = "running"
@@ -313,12 +381,16 @@ class Admission:
     def _queue(self) -> Iterable[Ticket]:
         return (each for circle in self._circles.values() for key in circle.keys.values() for each in list(key.waiting))
 
+    def _check_places(self, key: _Key, wait: float | None) -> None:
+        taken, places = self.waiting + self.door, self.limits.requests
+        if taken < places - places // RESERVE:
+            return
+        most = max(each.queued for circle in self._circles.values() for each in circle.keys.values())
+        if taken >= places or key.queued == most:
+            left = "the limit" if taken >= places else "and the places left are for keys with fewer"
+            raise Full("server", f"{self.waiting} requests wait already, {left}", wait or 5.0)
+
     def _check_room(self, more: int) -> None:
         if more > 0 and self.tokens + more > self.limits.tokens and self.waiting + self.door > 0:
             reason = f"the prompts that wait have {self.tokens} tokens, and {more} more exceed {self.limits.tokens}"
-            raise Full("server", reason, self._wait(self._ahead()) or 5.0)
-
-    def _check_wait(self, ahead: float) -> None:
-        wait = self._wait(ahead)
-        if wait is not None and wait > self.limits.wait:
-            raise Full("server", f"it would wait {wait:.0f} s, longer than {self.limits.wait:.0f}", wait)
+            raise Full("server", reason, self.wait or 5.0)

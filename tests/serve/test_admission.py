@@ -39,6 +39,10 @@ def ask(
     return ticket
 
 
+def counted(keys: Any) -> tuple[int, float]:
+    return sum(key.waits for key in keys), sum(key.cost for key in keys)
+
+
 class Anything(RuleBasedStateMachine):
     """Requests of several keys and classes come, start, end and go in any order."""
 
@@ -103,6 +107,10 @@ class Anything(RuleBasedStateMachine):
         assert queue.running - queue._extra <= max(queue.slots, 3) and 0 <= queue._extra <= queue.spare
         assert all(count <= 5 for count in Counter(ticket.identity.id for ticket in self.live).values())
         assert Counter(queue.line()) == Counter(ticket for ticket in self.live if ticket.state == "waiting")
+        for circle in queue._circles.values():
+            assert (circle.waits, circle.cost) == pytest.approx(counted(circle.keys.values()), abs=1e-6)
+            for key in circle.keys.values():
+                assert (key.waits, key.cost) == pytest.approx((len(key.waiting), sum(t.cost for t in key.waiting)))
 
     def teardown(self) -> None:
         for ticket in getattr(self, "live", []):
@@ -161,6 +169,19 @@ def test_a_key_with_hundreds_of_requests_does_not_hold_up_another() -> None:
     assert queue.take(1) == [one]
 
 
+def test_the_last_places_are_for_keys_with_fewer_requests_there() -> None:
+    queue = admission(slots=1, requests=16, per_key=99)
+    for _ in range(14):
+        ask(queue)
+    with pytest.raises(Full, match="14 requests wait already, and the places left are for keys with fewer") as refused:
+        ask(queue)
+    assert refused.value.whose == "server" and refused.value.wait > 0
+    ask(queue, BOB)
+    ask(queue, BOB)
+    with pytest.raises(Full, match="16 requests wait already, the limit"):
+        ask(queue, Identity("carol"))
+
+
 def test_a_spare_slot_is_for_a_key_that_has_less_than_its_share() -> None:
     queue = admission(slots=4, spare=1)
     for _ in range(9):
@@ -194,7 +215,7 @@ def test_keys_share_by_tokens_and_classes_by_weight() -> None:
 def test_the_wait_that_is_told_is_the_wait_there_is() -> None:
     """Four slots of 10 tokens a second each, answers of 20 to 180 tokens, twice the load."""
     dice = random.Random(1)
-    queue, now, told, true = admission(slots=4, requests=40, per_key=100, wait=1e9), 0.0, {}, {}
+    queue, now, told, true = admission(slots=4, requests=99, per_key=100, wait=1e9), 0.0, {}, {}
     left: dict[Ticket, float] = {}
     for tick in range(20_000):
         now = tick * 0.05
@@ -214,6 +235,49 @@ def test_the_wait_that_is_told_is_the_wait_there_is() -> None:
     assert len(pairs) > 200
     mean_told, mean_true = (sum(pair[i] for pair in pairs) / len(pairs) for i in (0, 1))  # type: ignore[misc]
     assert mean_told == pytest.approx(mean_true, rel=0.25) and mean_true > 5
+
+
+def overloaded(shares: dict[str, float], seconds: int = 90) -> tuple[list[tuple[float, float]], Counter[str]]:
+    """28 requests a second, of keys by their shares, where 8 can be done and 32 may wait.
+
+    The waits of those let in, as told and as they were, and who was turned away."""
+    dice, queue, refused = random.Random(3), admission(slots=8, spare=2, requests=32, per_key=99), Counter[str]()
+    told: dict[Ticket, tuple[float, float]] = {}
+    left: dict[Ticket, int] = {}
+    waits = []
+    for now in (step / 20 for step in range(20 * seconds)):
+        for _ in range(sum(dice.random() < 0.14 for _ in range(10))):
+            who = dice.choices(list(shares), list(shares.values()))[0]
+            try:
+                ticket = ask(queue, Identity(who), answer=20, now=now)
+            except Full:
+                refused[who] += 1
+            else:
+                told[ticket] = now, queue.place(ticket, now).wait or 0.0
+        for ticket in queue.take(now):
+            left[ticket] = 20
+            waits.append((told[ticket][1], now - told[ticket][0]))
+        queue.produced(len(left), now)
+        for ticket in list(left):
+            left[ticket] -= 1
+            if not left[ticket]:
+                del left[ticket]
+                queue.leave(ticket, now, 20)
+        queue.expire(now)
+    return waits[80:], refused
+
+
+@pytest.mark.parametrize(
+    "shares", [{"a": 1}, {"a": 1, "b": 1}, {"a": 3, "b": 1}, {"a": 9, "b": 1}, dict.fromkeys("abcde", 1)]
+)
+def test_the_wait_that_is_told_holds_whoever_else_comes(shares: dict[str, float]) -> None:
+    """Those who have had less and will pass are counted in; and they are not shut out by who comes in numbers."""
+    waits, refused = overloaded(shares)
+    told, true = (sorted(each[i] for each in waits) for i in (0, 1))
+    late = int(0.99 * len(waits))
+    assert 0.8 < true[late] / told[late] < 1.2, "the slowest"
+    assert sum(true) == pytest.approx(sum(told), rel=0.15), "all together"
+    assert shares != {"a": 9, "b": 1} or refused["b"] == 0, "it asks for less than its share"
 
 
 def test_who_would_wait_too_long_is_told_so_at_the_door() -> None:
