@@ -5,7 +5,8 @@
 
 The examples are rendered by `text/chat.py` with the template that reinforcement learning will use, so a base model has
 seen the form of a dialogue the way a web-trained one has. They come from the task's train split: no question of its
-validation or test split is in here. Left out: filtering and deduplication.
+validation or test split is in here. A corpus with another among its ancestors, for a model that is trained on, keeps
+that one's tokenizer. Left out: filtering and deduplication.
 """
 
 import random
@@ -64,7 +65,9 @@ def build_corpus(config: CorpusConfig, context: StageContext) -> dict[str, Any]:
         )
     console.print(f"    {len(train)} documents, {len(held_out)} held out, {len(examples)} worked examples")
 
-    tokenizer = Tokenizer.train(_tokenizer_texts(train, examples), config.vocab_size, config.digits)
+    tokenizer = _tokenizer_below(config, context)
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(_tokenizer_texts(train, examples), config.vocab_size, config.digits)
     tokenizer.save(out / "tokenizer")
     rng = random.Random(config.seed)
     share = 1 - config.example_share if examples else 1.0
@@ -88,6 +91,21 @@ def build_corpus(config: CorpusConfig, context: StageContext) -> dict[str, Any]:
         "held_out_tokens": held.tokens,
         "data": config_hash([shards.sha256, held.sha256]),
     }
+
+
+def _tokenizer_below(config: CorpusConfig, context: StageContext) -> Tokenizer | None:
+    """That of the corpus below, whose ids a model already means something by."""
+    below = context.ancestors.get("corpus")
+    if below is None:
+        return None
+    first = context.recipe.stage(below.name).config
+    for name in ("vocab_size", "digits"):
+        ours, theirs = getattr(config, name), getattr(first, name)
+        if ours != theirs:
+            raise ConfigError(
+                f"corpus: {name} = {ours}, but {below.name!r} below has {theirs}: write {name} = {theirs}"
+            )
+    return Tokenizer.load(below / "tokenizer")
 
 
 def _examples(config: CorpusConfig) -> list[Demonstration]:

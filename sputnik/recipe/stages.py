@@ -35,7 +35,8 @@ from sputnik.train import adopt, pretrain, reward_model, rl, sft, traces
 
 
 def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> dict[str, Any]:
-    """A base model from the corpus above; its vocabulary and special tokens come from that corpus's tokenizer."""
+    """A base model from the corpus among its ancestors, whose tokenizer gives vocabulary and special tokens; if another
+    base model is among them too, that one trained on."""
     corpus = context.ancestors.get("corpus")
     if corpus is None:
         raise ConfigError("a pretrain stage needs a corpus stage among its ancestors; write parent = NAME")
@@ -49,9 +50,11 @@ def run_pretraining(config: pretrain.PretrainConfig, context: StageContext) -> d
         pad_token_id=tok.pad_id,
     )
     meter = Meter(*fleet(context.recipe.hardware))
+    before = context.ancestors.get("pretrain")
     return pretrain.pretrain(
-        config, shape, tok, corpus / "train", corpus / "held_out", context.directory, meter, context.console
-    )
+        config, shape, tok, corpus / "train", corpus / "held_out", context.directory, meter, context.console,
+        start=None if before is None else before / "checkpoint",
+    )  # fmt: skip
 
 
 def run_pretrained(config: adopt.PretrainedConfig, context: StageContext) -> dict[str, Any]:

@@ -335,6 +335,10 @@ class Reverse(Letters):
         """In small letters, without a full stop or quotes around it."""
         return answer.strip().removesuffix(".").strip('"').lower()
 
+    def conclude(self, problem: Problem, answer: str) -> str:
+        """In quotes, as the question has its word: its tokens are not those of a word after a space."""
+        return super().conclude(problem, f'"{self.normalise(answer)}"')
+
 
 @dataclass(frozen=True)
 class Count(Letters):

@@ -3,6 +3,8 @@
     task = "mix"
     task_options = { families = [{ task = "arithmetic", weight = 2 }, { task = "gym:gcd", options = { max_num = 9 } }] }
 
+`options` beside `families` are options of all of them, which a family's own come before.
+
 Each family keeps its own splits, ids and verifier: a question is in the split, and has the id, that it has without the
 mixture. `problem.meta["family"]` says where it comes from, and scores are told by it. Two families of one task
 need a `name` each. Families are drawn in steps of the golden ratio, so their counts stay close to the weights however
@@ -55,11 +57,14 @@ class Mixture(Task):
 
     @classmethod
     def build(cls, argument: str, options: Mapping[str, Any]) -> Self:
-        check_keys(options, ["families"], "task 'mix'")
+        check_keys(options, ["families", "options"], "task 'mix'")
+        shared = options.get("options", {})
+        if not isinstance(shared, Mapping):
+            raise ConfigError("task 'mix': options is a table of options that all families share")
         rows = options.get("families", [])
         if argument or not isinstance(rows, list | tuple) or not rows:
             raise ConfigError("task 'mix' needs options families = [{ task = \"arithmetic\", weight = 1.0 }, ...]")
-        members = [_member(row, f"task 'mix': family {number}") for number, row in enumerate(rows, 1)]
+        members = [_member(row, shared, f"task 'mix': family {number}") for number, row in enumerate(rows, 1)]
         _check_names(members)
         return cls(members)
 
@@ -146,13 +151,13 @@ def _labelled(problem: Problem, name: str) -> Problem:
     return dataclasses.replace(problem, meta={**problem.meta, LABEL: name})
 
 
-def _member(row: Any, where: str) -> Family:
+def _member(row: Any, shared: Mapping[str, Any], where: str) -> Family:
     if not isinstance(row, Mapping):
         raise ConfigError(f'{where}: write a table with a task, as {{ task = "arithmetic" }}')
     entry = from_dict(Entry, row, where)
     if not (math.isfinite(entry.weight) and entry.weight > 0):
         raise ConfigError(f"{where}: weight = {entry.weight}: set it above 0, or leave the family out")
-    task = load_task(entry.task, entry.options)
+    task = load_task(entry.task, {**shared, **entry.options})
     if isinstance(task, Mixture):
         raise ConfigError(f"{where}: a mixture cannot hold a mixture; name its families here")
     return Family(entry.name or task.name, task, entry.weight)

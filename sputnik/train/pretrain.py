@@ -1,6 +1,8 @@
 """Pre-training as in the V3 report, sections 2 and 4: one dial, `tokens`; the published schedule is scaled to it.
 
     figures = pretrain(PretrainConfig(tokens=3_000_000), model_config, tok, corpus, held_out, out, meter)
+    pretrain(PretrainConfig(tokens=1_000_000, lr=1e-3), model_config, tok, others, held_out, out2, meter,
+             start=out / "checkpoint")                                    # trained on, on other data
 
 Per step: cross-entropy + lambda x MTP loss + alpha x sequence balance loss over all micro-batches, gradient norm
 clipped to 1, AdamW, then the routing biases move by gamma after the load of the whole batch, then the moving average of
@@ -26,7 +28,7 @@ from sputnik.cost import Meter, device_hours, kv_bytes_per_token, parameters, tr
 from sputnik.engine.sampler import autocast
 from sputnik.errors import ConfigError
 from sputnik.hardware import resolve_precision
-from sputnik.model.checkpoint import save_model
+from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.config import ModelConfig
 from sputnik.model.fp8_products import emulate
 from sputnik.model.head import head_loss
@@ -34,6 +36,7 @@ from sputnik.model.moe import Route, update_bias
 from sputnik.model.transformer import Transformer
 from sputnik.text.corpus import PackedCorpus, bits_per_byte, byte_lengths
 from sputnik.text.tokenizer import Tokenizer
+from sputnik.train.examples import digest
 from sputnik.train.guards import Action, Guard, GuardConfig, first_non_finite
 from sputnik.train.loop import Loop, Read
 from sputnik.train.optim import Ema, adamw, clip_gradients, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -308,20 +311,21 @@ def pretrain(
     out: Path,
     meter: Meter,
     console: Console | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a model from scratch into `out` (metrics, saves, checkpoint), or go on where a killed call was; a call
-    after the last step changes nothing. `corpus` and `held_out` are folders of token shards. Returns where the
-    metrics ended, and sizes; the cache's bytes are BF16's."""
+    """Train a model into `out` (metrics, saves, checkpoint), or go on where a killed call was; a call after the last
+    step changes nothing. `corpus` and `held_out` are folders of token shards. `start` is a checkpoint of the same
+    shape that is trained on, with a schedule and optimiser states of its own; else the weights are drawn. Returns
+    where the metrics ended, and sizes; the cache's bytes are BF16's."""
     training = PackedCorpus(corpus, config.length, config.seed)
     validation = PackedCorpus(held_out, config.length, config.seed)
     _require_fit(config, model_config, tok, training, validation)
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "init"))
-    model = Transformer(model_config).init_weights(generator)
+    model = _first_weights(config, model_config, start)
     stage = Pretraining(config, model, tok, training, validation)
     loop = Loop(
         out,
         steps=stage.plan.steps,
-        identity=_identity(stage, training, validation),
+        identity=_identity(stage, training, validation, start),
         meter=meter,
         guard=lambda: Guard(GuardConfig(spike=config.on_spike)),
         headline=("loss", "bits_per_byte", "tokens_per_s"),
@@ -346,13 +350,24 @@ def pretrain(
     }
 
 
-def _identity(stage: Pretraining, corpus: PackedCorpus, held_out: PackedCorpus) -> dict[str, Any]:
+def _first_weights(config: PretrainConfig, shape: ModelConfig, start: Path | None) -> Transformer:
+    if start is None:
+        return Transformer(shape).init_weights(torch.Generator().manual_seed(derive_seed(config.seed, "init")))
+    model = load_model(start)
+    theirs, ours = to_dict(model.config), to_dict(shape)
+    if other := [f"{key} = {theirs[key]}, here {ours[key]}" for key in ours if theirs[key] != ours[key]]:
+        raise ConfigError(f"{start} is of another shape ({', '.join(other)}): it is trained on as it is")
+    return model
+
+
+def _identity(stage: Pretraining, corpus: PackedCorpus, held_out: PackedCorpus, start: Path | None) -> dict[str, Any]:
     """Everything the result depends on; "auto" is written out, since another day's measurement may decide otherwise."""
     settings = {key: value for key, value in to_dict(stage.config).items() if key not in OUTCOME_FREE}
     if stage.config.precision == "auto":
         settings["precision"] = stage.precision
     model = {f"model.{key}": value for key, value in to_dict(stage.model.config).items()}
-    return {**settings, **model, "corpus": corpus.info.sha256, "held_out": held_out.info.sha256}
+    begun = {} if start is None else {"start": digest(sorted(start.glob("*.safetensors")))}
+    return {**settings, **model, "corpus": corpus.info.sha256, "held_out": held_out.info.sha256, **begun}
 
 
 def _require_fit(config: PretrainConfig, model_config: ModelConfig, tok: Tokenizer, *corpora: PackedCorpus) -> None:

@@ -20,7 +20,7 @@ RECIPE = HERE / "r1_small.toml"
 SHIPPED = HERE.parents[1] / "recipes/r1.toml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 COMMAND = [sys.executable, "-m", "sputnik", "run", str(RECIPE)]
-MODELS = ("base", "zero", "dev1", "dev2", "dev3", "helpful", "safe", "r1", "student", "distilled")
+MODELS = ("base", "middle", "zero", "dev1", "dev2", "dev3", "helpful", "safe", "r1", "student", "distilled")
 
 
 def begin(folder: Path) -> Path:

@@ -77,6 +77,44 @@ def test_the_same_recipe_gives_the_same_corpus(corpus: Path, tmp_path: Path) -> 
     assert description(run(tmp_path, CORPUS) / "corpus") == description(corpus)
 
 
+MORE = """
+[[stage]]
+name = "base"
+kind = "pretrain"
+tokens = 4096
+length = 32
+batch = 8
+[[stage]]
+name = "more"
+kind = "corpus"
+parent = "base"
+texts = ["python-topics"]
+tokens = 50_000
+vocab_size = 600
+task = "ladder:compare"
+examples = 100
+[[stage]]
+name = "on"
+kind = "pretrain"
+tokens = 4096
+length = 32
+batch = 8
+"""
+
+
+def test_a_base_model_is_trained_on_in_its_own_tokens(tmp_path: Path) -> None:
+    done = run(tmp_path, CORPUS + MORE)
+    first, second = (Tokenizer.load(done / name / "tokenizer") for name in ("corpus", "more"))
+    assert first.encode("Which number is the largest") == second.encode("Which number is the largest")
+    fresh, on = ((done / stage / "metrics.jsonl").read_text().splitlines()[0] for stage in ("base", "on"))
+    assert json.loads(on)["loss"] < json.loads(fresh)["loss"] - 1
+
+
+def test_a_base_model_is_not_trained_on_in_other_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vocab_size = 700, but 'corpus' below has 600: write vocab_size = 600"):
+        run(tmp_path, CORPUS + MORE, "more.vocab_size=700", "base.tokens=256")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -162,6 +162,7 @@ def test_a_family_without_questions_in_a_split_is_an_error_not_a_gap(tmp_path: P
         ({}, ConfigError, "needs options families"),
         ({"families": []}, ConfigError, "needs options families"),
         ({"familes": []}, ConfigError, "did you mean 'families'"),
+        ({"families": FAMILIES, "options": 3}, ConfigError, "options is a table"),
         ({"families": ["arithmetic"]}, ConfigError, "family 1: write a table with a task"),
         ({"families": [{"weight": 1}]}, ConfigError, "family 1.*task"),
         ({"families": [{"task": "arithmetic", "wieght": 1}]}, ConfigError, "family 1.*did you mean 'weight'"),
@@ -200,3 +201,10 @@ def test_the_mixture_of_the_docs_loads() -> None:
         row["task"] = row["task"].replace("examples/my_task.py", EXAMPLE)
     task = load_task(settings["task"], settings["task_options"])
     assert {problem.meta["family"] for problem in task.problems("test", 20)} == {"arithmetic", "countdown", "roman"}
+
+
+def test_shared_options_are_those_of_every_family_that_has_none_of_its_own() -> None:
+    families = [{"task": "ladder:sort", "options": {"count": [3, 3]}}, {"task": "ladder:compare"}]
+    mixed = load_task("mix", {"families": families, "options": {"count": [2, 2], "largest": 50}})
+    sort, compare = (member.task for member in mixed.members.values())
+    assert (sort.count, compare.count, sort.largest, compare.largest) == ((3, 3), (2, 2), 50, 50)

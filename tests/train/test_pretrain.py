@@ -257,6 +257,17 @@ def test_other_settings_in_the_same_directory_are_refused(base: Base, tmp_path: 
     run(base, tmp_path / "base", replace(SHORT, save_seconds=1.0, save_steps=3))  # changes nothing about the result
 
 
+def test_a_model_that_is_trained_on_begins_where_it_ended(base: Base, finished: Path, tmp_path: Path) -> None:
+    start, out, still = finished / "checkpoint", tmp_path / "on", replace(SHORT, lr=1e-9, bias_gamma=0.0)
+    going_on = pretrain(still, base.model_config, base.tok, base.corpus, base.held_out, out, base.meter(), start=start)
+    assert going_on["val_loss"] == pytest.approx(read_jsonl(finished / "metrics.jsonl")[-1]["val_loss"], abs=1e-4)
+    with pytest.raises(DataError, match="begun with other settings"):
+        run(base, out, still)
+    with pytest.raises(ConfigError, match="of another shape .*hidden_size = "):
+        shape = replace(base.model_config, hidden_size=2 * base.model_config.hidden_size)
+        pretrain(SHORT, shape, base.tok, base.corpus, base.held_out, tmp_path / "x", base.meter(), start=start)
+
+
 def test_a_run_in_fp8_ends_near_one_in_fp32_and_is_not_taken_for_it(base: Base, tmp_path: Path) -> None:
     plain, rounded = run(base, tmp_path / "plain"), run(base, tmp_path / "fp8", replace(SHORT, precision="fp8"))
     assert 0 < abs(rounded["val_loss"] - plain["val_loss"]) < 0.01 * plain["val_loss"]
