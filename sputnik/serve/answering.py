@@ -18,7 +18,7 @@ from sputnik.serve.guard import Call
 from sputnik.serve.refusals import Refusal
 from sputnik.serve.replies import EventStream, Whole
 from sputnik.serve.service import Name, Service
-from sputnik.serve.telling import Teller
+from sputnik.serve.telling import Flow, Teller
 
 LONG = 1 << 15
 """Bytes of a body from which a thread reads it, so that streams keep their pace."""
@@ -40,11 +40,16 @@ def answer(
     service: Service, call: Call, asked: Sequence[Asked], stream: bool, teller: Callable[[Job], Teller]
 ) -> Response:
     assert call.ticket is not None
+    job = service.open((call.identity.id, call.id), call.ticket, asked, call.seconds)
+    return reply(service, call, job, stream, teller(job))
+
+
+def reply(service: Service, call: Call, flow: Flow, stream: bool, teller: Teller) -> Response:
+    """Of what has been opened already."""
     name = (call.identity.id, call.id)
-    job = service.open(name, call.ticket, asked, call.seconds)
     if not stream:
-        return Whole(job, teller(job), call.id, lambda: service.close(name))
-    return EventStream(job, teller(job), call.id, lambda: service.close(name), lambda: waiting(service, name))
+        return Whole(flow, teller, call.id, lambda: service.close(name))
+    return EventStream(flow, teller, call.id, lambda: service.close(name), lambda: waiting(service, name))
 
 
 def waiting(service: Service, name: Name) -> str:

@@ -31,6 +31,7 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.responses.routes import add_responses
 from sputnik.serve.responses.shelf import Shelf
 from sputnik.serve.service import Service
+from sputnik.serve.sources import OwnEngine
 from sputnik.serve.status import page, report
 from sputnik.serve.telling import ChatTeller, CompletionTeller, Head, Teller
 
@@ -60,8 +61,8 @@ def _api(routes: "Routes", service: Service, shelf: Shelf) -> APIRouter:
     add("/requests/{id}", routes.request, methods=get, openapi_extra=speaks(None, "RequestStatus"))
     add("/requests/{id}/answer_now", routes.answer_now, methods=post, openapi_extra=speaks(None, "RequestStatus"))
     add("/requests/{id}/cancel", routes.cancel, methods=post, openapi_extra=speaks(None, "RequestStatus"))
-    add_responses(api, service, shelf)
-    add_messages(api, service)
+    add_responses(api, service, shelf, OwnEngine(service))
+    add_messages(api, service, OwnEngine(service))
     return api
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from starlette.responses import Response
 
-from sputnik.serve.generations import Job
 from sputnik.serve.guard import Receive, Send
 from sputnik.serve.reading import Delta
 from sputnik.serve.refusals import Refusal
-from sputnik.serve.telling import Teller
+from sputnik.serve.telling import Flow, Teller
 
 QUIET = 10.0
 SLOW = 12.0
@@ -106,7 +105,7 @@ class StreamReply(Reply):
 
 
 class Whole(WholeReply):
-    def __init__(self, job: Job, teller: Teller, id: str, close: Callable[[], None]) -> None:
+    def __init__(self, job: Flow, teller: Teller, id: str, close: Callable[[], None]) -> None:
         super().__init__(id, job.close, close)
         self._job, self._teller = job, teller
 
@@ -121,7 +120,7 @@ class EventStream(StreamReply):
     """`waiting` is what is said before the first token."""
 
     def __init__(
-        self, job: Job, teller: Teller, id: str, close: Callable[[], None], waiting: Callable[[], str]
+        self, job: Flow, teller: Teller, id: str, close: Callable[[], None], waiting: Callable[[], str]
     ) -> None:
         super().__init__(id, job.close, close)
         self._job, self._teller, self._waiting = job, teller, waiting

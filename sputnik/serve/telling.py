@@ -41,6 +41,47 @@ class Head:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How an answer stands, or has ended."""
+
+    finish: str | None
+    """None: it has not."""
+    prompt: int
+    cached: int
+    written: int
+    """Tokens, thought included."""
+    thought: int
+    called: bool
+    stopped: str | None
+    """The stop string that was found."""
+    details: Mapping[str, Any]
+    """How it ended exactly."""
+    estimated: bool = False
+    """Its tokens were not told, but guessed."""
+
+
+class Flow(Protocol):
+    """What comes of a request, piece by piece."""
+
+    @property
+    def done(self) -> bool: ...
+
+    async def deltas(self) -> list[Delta]:
+        """What has come since the last call, waited for; empty at the end. Raises Refusal."""
+
+    def close(self) -> None: ...
+
+
+class Spoken(Flow, Protocol):
+    """One answer, of our engine or of another server."""
+
+    def outcome(self) -> Outcome: ...
+
+    def scored(self, scores: Sequence[Score]) -> list[dict[str, Any]]:
+        """As clients read them."""
+
+
 class Teller(Protocol):
     """How one dialect tells an answer."""
 

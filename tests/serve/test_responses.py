@@ -15,6 +15,8 @@ import msgspec
 import openai
 import pytest
 
+from sputnik.serve.refusals import Refusal
+from sputnik.serve.responses.routes import Replay
 from sputnik.serve.responses.shelf import KEY_BYTES, PER_KEY, SECONDS, Record, Shelf
 from sputnik.serve.schemas import ResponseObject
 
@@ -262,6 +264,15 @@ def test_a_stream_that_breaks_says_so_in_its_last_event(server: Any, long: Any) 
     kept = server.fetch(f"/v1/responses/{last['response']['id']}")[1]
     assert kept == last["response"] and kept["usage"]["output_tokens"] > 0
     server.until_idle()
+
+
+def test_a_stream_that_fails_before_its_first_event_ends_with_an_error() -> None:
+    record = Record("resp_1", "a", [], None, None, True, True, False)
+    replay = Replay(record, 0, "x", lambda: None, lambda: "keep-alive")
+    name, data, _, done, *_ = replay.failed(Refusal(503, "full", code="overloaded")).decode().split("\n")
+    assert (name, done) == ("event: error", "data: [DONE]")
+    error = {"type": "overloaded_error", "code": "overloaded", "message": "full", "param": None}
+    assert json.loads(data.removeprefix("data: ")) == {"type": "error", "sequence_number": 0, "error": error}
 
 
 def test_what_is_asked_of_a_stream_that_is_none(server: Any) -> None:

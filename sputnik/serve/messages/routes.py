@@ -1,6 +1,6 @@
 """`/messages` and `/messages/count_tokens`.
 
-add_messages(router, service)
+add_messages(router, service, OwnEngine(service))
 """
 
 import time
@@ -8,30 +8,32 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from sputnik.serve.answering import answer, called, reading
+from sputnik.serve.answering import reply
 from sputnik.serve.body import parse
+from sputnik.serve.guard import Call
 from sputnik.serve.messages.chat import as_chat
 from sputnik.serve.messages.fields import CountRequest, MessagesRequest
 from sputnik.serve.messages.telling import MessagesTeller
 from sputnik.serve.openapi import speaks
 from sputnik.serve.service import Service
+from sputnik.serve.sources import Source
 from sputnik.serve.telling import Head
 
 
-def add_messages(api: APIRouter, service: Service) -> None:
+def add_messages(api: APIRouter, service: Service, source: Source) -> None:
     async def create(request: Request) -> Response:
         """Answer a conversation, as Anthropic has it."""
-        call, asking = called(service, request)
+        call: Call = request.state.call
         body = parse(call.body, MessagesRequest)
-        asked, applied = await reading(call, lambda: asking.chat(as_chat(body), call.identity))
-        head = Head(f"msg_{call.id}", body.model, int(time.time()), f"fp_{service.fingerprint}")
-        return answer(service, call, [asked], bool(body.stream), lambda job: MessagesTeller(head, job, applied))
+        prepared = await source.prepare(request, lambda: as_chat(body))
+        head = Head(f"msg_{call.id}", body.model, int(time.time()), source.fingerprint)
+        spoken = prepared.open()
+        return reply(service, call, spoken, bool(body.stream), MessagesTeller(head, spoken, prepared.applied))
 
     async def count(request: Request) -> Response:
         """The tokens that a conversation has as a prompt."""
-        call, asking = called(service, request)
-        body = parse(call.body, CountRequest)
-        return JSONResponse({"input_tokens": await reading(call, lambda: asking.count(as_chat(body)))})
+        body = parse(request.state.call.body, CountRequest)
+        return JSONResponse({"input_tokens": await source.count(request, lambda: as_chat(body))})
 
     api.add_api_route("/messages", create, methods=["POST"], openapi_extra=speaks("MessagesRequest", "Message"))
     api.add_api_route(

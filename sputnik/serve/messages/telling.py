@@ -1,6 +1,6 @@
-"""From the deltas of a job to what clients of Anthropic's API read: its events, or one message.
+"""From the deltas of an answer to what clients of Anthropic's API read: its events, or one message.
 
-    teller = MessagesTeller(head, job, applied)
+    teller = MessagesTeller(head, spoken, applied)
     teller.events(deltas), teller.end()            # -> bytes of server-sent events
     teller.reply(deltas)                           # -> bytes of the message
 
@@ -15,18 +15,19 @@ from typing import Any
 import msgspec
 
 from sputnik.serve.blocks import Block, Blocks, Step
-from sputnik.serve.generations import Job
 from sputnik.serve.reading import Delta
 from sputnik.serve.refusals import Refusal
-from sputnik.serve.telling import Head, finish_details
+from sputnik.serve.telling import Head, Spoken
 
-REASONS: Mapping[str, str] = {"length": "max_tokens", "length while thinking": "max_tokens", "loop": "max_tokens"}
+REASONS: Mapping[str, str] = {
+    "length": "max_tokens", "length while thinking": "max_tokens", "loop": "max_tokens", "content_filter": "refusal",
+}  # fmt: skip
 PATH = "/messages"
 
 
 class MessagesTeller:
-    def __init__(self, head: Head, job: Job, applied: Mapping[str, Any]) -> None:
-        self._head, self._job, self._applied = head, job, applied
+    def __init__(self, head: Head, spoken: Spoken, applied: Mapping[str, Any]) -> None:
+        self._head, self._spoken, self._applied = head, spoken, applied
         self._blocks = Blocks()
         self._begun = False
 
@@ -91,22 +92,23 @@ class MessagesTeller:
         return {"type": "tool_use", "id": name, "name": block.call.name, "input": json.loads(text or "{}")}
 
     def _ending(self) -> dict[str, Any]:
-        (answer,) = self._job.answers
-        reason = REASONS.get(answer.finish or "", "end_turn")
-        if answer.stopped is not None:
+        found = self._spoken.outcome()
+        reason = REASONS.get(found.finish or "", "end_turn")
+        if found.stopped is not None:
             reason = "stop_sequence"
-        elif answer.calls and reason == "end_turn":
+        elif found.called and reason == "end_turn":
             reason = "tool_use"
-        ending = {"stop_reason": reason, "stop_sequence": answer.stopped, "applied": self._applied}
-        return ending | {"finish_details": finish_details(answer)}
+        ending = {"stop_reason": reason, "stop_sequence": found.stopped, "applied": self._applied}
+        return ending | {"finish_details": found.details}
 
     def _usage(self) -> dict[str, Any]:
-        (asked,), (answer,) = self._job.asked, self._job.answers
-        return {
-            "input_tokens": len(asked.prompt) - answer.cached, "cache_read_input_tokens": answer.cached,
-            "cache_creation_input_tokens": 0, "output_tokens": len(answer.ids),
-            "output_tokens_details": {"thinking_tokens": answer.thought_tokens},
+        found = self._spoken.outcome()
+        usage = {
+            "input_tokens": found.prompt - found.cached, "cache_read_input_tokens": found.cached,
+            "cache_creation_input_tokens": 0, "output_tokens": found.written,
+            "output_tokens_details": {"thinking_tokens": found.thought},
         }  # fmt: skip
+        return usage | ({"estimated": True} if found.estimated else {})
 
 
 def _event(data: dict[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
 """`/responses`, and what is done with one that is kept: read, read on, cancel, delete.
 
-    add_responses(router, service, Shelf())
+    add_responses(router, service, Shelf(), OwnEngine(service))
 
 A response that is streamed waits for its first token, as chat completions do. If its client goes it ends, unless
 `background` or an explicit `store` keeps it going.
@@ -10,17 +10,14 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from sputnik.serve.answering import called, reading, waiting
-from sputnik.serve.asking import Asking
+from sputnik.serve.answering import waiting
 from sputnik.serve.body import parse
 from sputnik.serve.fields import ChatMessage
-from sputnik.serve.generations import Asked
 from sputnik.serve.guard import Call
 from sputnik.serve.openapi import speaks
 from sputnik.serve.refusals import Refusal
@@ -30,6 +27,7 @@ from sputnik.serve.responses.fields import ResponseRequest, with_types
 from sputnik.serve.responses.shelf import Record, Shelf
 from sputnik.serve.responses.telling import ResponseTeller, echo
 from sputnik.serve.service import Service
+from sputnik.serve.sources import Prepared, Source
 from sputnik.serve.telling import Head
 
 QUERY = {
@@ -40,8 +38,8 @@ QUERY = {
 }
 
 
-def add_responses(api: APIRouter, service: Service, shelf: Shelf) -> None:
-    routes = ResponseRoutes(service, shelf)
+def add_responses(api: APIRouter, service: Service, shelf: Shelf, source: Source) -> None:
+    routes = ResponseRoutes(service, shelf, source)
     extra, one = speaks("ResponseRequest", "ResponseObject"), speaks(None, "ResponseObject")
     api.add_api_route("/responses", routes.create, methods=["POST"], openapi_extra=extra)
     api.add_api_route("/responses/compact", routes.compact, methods=["POST"], include_in_schema=False)
@@ -52,12 +50,12 @@ def add_responses(api: APIRouter, service: Service, shelf: Shelf) -> None:
 
 
 class ResponseRoutes:
-    def __init__(self, service: Service, shelf: Shelf) -> None:
-        self._service, self._shelf = service, shelf
+    def __init__(self, service: Service, shelf: Shelf, source: Source) -> None:
+        self._service, self._shelf, self._source = service, shelf, source
 
     async def create(self, request: Request) -> Response:
         """Answer, in OpenAI's newer form."""
-        call, asking = called(self._service, request)
+        call: Call = request.state.call
         body = parse(call.body, ResponseRequest, with_types)
         if body.background and body.store is False:
             raise Refusal(400, "background needs store: there is no other way to read it", param="store")
@@ -66,10 +64,10 @@ class ResponseRoutes:
         before = self._shelf.turns(call.identity.id, body.previous_response_id)
         turns = turns_of(body, before)
         try:
-            asked, applied = await reading(call, lambda: asking.chat(as_chat(body, turns), call.identity))
+            prepared = await self._source.prepare(request, lambda: as_chat(body, turns))
         except Refusal as refusal:
             raise renamed(refusal) from None
-        record = self._begin(call, asking, body, turns, asked, applied)
+        record = self._begin(call, body, turns, prepared)
         if body.stream:
             name = (call.identity.id, call.id)
             return Replay(record, 0, call.id, record.left, lambda: waiting(self._service, name))
@@ -77,23 +75,19 @@ class ResponseRoutes:
             return Response(record.body, media_type="application/json", headers={"x-request-id": call.id})
         return WholeRecord(record, call.id)
 
-    def _begin(
-        self, call: Call, asking: Asking, body: ResponseRequest, turns: list[ChatMessage], asked: Asked,
-        applied: dict[str, Any],
-    ) -> Record:  # fmt: skip
-        assert call.ticket is not None
-        service, name = self._service, (call.identity.id, call.id)
-        head = Head(f"resp_{secrets.token_hex(16)}", body.model, int(time.time()), f"fp_{service.fingerprint}")
+    def _begin(self, call: Call, body: ResponseRequest, turns: list[ChatMessage], prepared: Prepared) -> Record:
+        name = (call.identity.id, call.id)
+        head = Head(f"resp_{secrets.token_hex(16)}", body.model, int(time.time()), self._source.fingerprint)
         repeated = echo(body)
-        job = service.open(name, call.ticket, [asked], call.seconds)
-        teller = ResponseTeller(head, repeated, asking.speech, job, applied)
+        spoken = prepared.open()
+        teller = ResponseTeller(head, repeated, spoken, prepared.applied)
         record = Record(
-            head.id, call.identity.id, turns, teller, job, bool(body.stream), kept=body.store is not False,
+            head.id, call.identity.id, turns, teller, spoken, bool(body.stream), kept=body.store is not False,
             goes_on=bool(body.background or body.store),
         )  # fmt: skip
         if body.background:
             record.add(teller.begin("queued"))
-        self._shelf.write(record, lambda: service.close(name))
+        self._shelf.write(record, lambda: self._service.close(name))
         return record
 
     async def compact(self, request: Request) -> Response:

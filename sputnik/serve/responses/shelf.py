@@ -1,6 +1,6 @@
 """Responses that are being written and those that are kept: events by number, bodies, turns to go on from.
 
-    record = Record(id, owner, teller, job, ...)
+    record = Record(id, owner, teller, spoken, ...)
     task = shelf.write(record, close)              # it is written, whoever reads; `close` is called at its end
     while events := await record.after(number): ...
     shelf.find(owner, id)                          # Refusal 404
@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 import msgspec
 
 from sputnik.serve.fields import ChatMessage
-from sputnik.serve.generations import Job
 from sputnik.serve.refusals import Refusal
+from sputnik.serve.responses.chat import renamed
 from sputnik.serve.responses.telling import Event, ResponseTeller
+from sputnik.serve.telling import Spoken
 
 PER_KEY = 256
 KEY_BYTES = 16 << 20
@@ -36,7 +37,7 @@ class Record:
     turns: list[ChatMessage]
     """The conversation; once it is written, its answer too."""
     teller: ResponseTeller | None
-    job: Job | None
+    spoken: Spoken | None
     streamed: bool
     """Its events are kept."""
     kept: bool
@@ -85,8 +86,8 @@ class Record:
             self.stop()
 
     def stop(self) -> None:
-        if self.job is not None:
-            self.job.close()
+        if self.spoken is not None:
+            self.spoken.close()
 
     def end(self, events: Sequence[Event]) -> None:
         assert self.teller is not None
@@ -94,7 +95,7 @@ class Record:
         self.add(events)
         if self.whole:
             self.turns.append(self.teller.turn())
-        self.teller = self.job = None
+        self.teller = self.spoken = None
         self.ended = time.monotonic()
         said = sum(len(turn.content) for turn in self.turns if isinstance(turn.content, str))
         self.size = len(self.final) + sum(map(len, self.events)) + said
@@ -102,7 +103,7 @@ class Record:
     def abandon(self) -> None:
         """So that nobody waits for ever."""
         self.error, self.final = Refusal(500, "an error of ours; it is in the log", retry=False), b"{}"
-        self.teller = self.job = None
+        self.teller = self.spoken = None
         self._wake()
 
     def _wake(self) -> None:
@@ -147,16 +148,17 @@ class Shelf:
         task.add_done_callback(self._writing.discard)
 
     async def _write(self, record: Record, close: Callable[[], None]) -> None:
-        teller, job, begun = record.teller, record.job, False
-        assert teller is not None and job is not None
+        teller, spoken, begun = record.teller, record.spoken, False
+        assert teller is not None and spoken is not None
         try:
-            while deltas := await job.deltas():
+            while deltas := await spoken.deltas():
                 start = [] if begun else teller.begin("in_progress")
                 record.add([*start, *teller.events(deltas)])
                 begun = True
-            record.whole = job.done
+            record.whole = spoken.done
             record.end([*([] if begun else teller.begin("in_progress")), *teller.end()])
-        except Refusal as refusal:
+        except Refusal as error:
+            refusal = renamed(error)
             if not begun and not record.events:
                 record.error = refusal
                 self.drop(record)

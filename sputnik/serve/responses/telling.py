@@ -1,6 +1,6 @@
-"""From the deltas of a job to events of a response and to the response itself, as Open Responses (2026-04-24) has them.
+"""From the deltas of an answer to events and to the response itself, as Open Responses (2026-04-24) has them.
 
-    teller = ResponseTeller(head, echo(request), speech, job, applied)
+    teller = ResponseTeller(head, echo(request), spoken, applied)
     teller.begin("in_progress"), teller.events(deltas), teller.end()    # -> events, as dicts without their numbers
     teller.response()                                                   # as it stands
 
@@ -16,16 +16,16 @@ import msgspec
 
 from sputnik.serve.blocks import Block, Blocks, Step
 from sputnik.serve.fields import Call, ChatMessage, Function
-from sputnik.serve.generations import Job
-from sputnik.serve.reading import Delta, Speech
+from sputnik.serve.reading import Delta
 from sputnik.serve.refusals import Refusal
 from sputnik.serve.responses.fields import ResponseRequest
-from sputnik.serve.telling import Head, finish_details, told_scores
+from sputnik.serve.telling import Head, Spoken
 
 Event = dict[str, Any]
 State = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 CUT: Mapping[str, str] = {
     "length": "max_output_tokens", "length while thinking": "max_output_tokens", "loop": "loop", "deadline": "deadline",
+    "content_filter": "content_filter",
 }  # fmt: skip
 """Ends of an answer that is not whole, and their reasons here."""
 
@@ -55,10 +55,8 @@ def echo(request: ResponseRequest) -> dict[str, Any]:
 
 
 class ResponseTeller:
-    def __init__(
-        self, head: Head, echo: Mapping[str, Any], speech: Speech, job: Job, applied: Mapping[str, Any]
-    ) -> None:
-        self._head, self._echo, self._speech, self._job, self._applied = head, echo, speech, job, applied
+    def __init__(self, head: Head, echo: Mapping[str, Any], spoken: Spoken, applied: Mapping[str, Any]) -> None:
+        self._head, self._echo, self._spoken, self._applied = head, echo, spoken, applied
         self._hex = head.id.removeprefix("resp_")
         self._blocks = Blocks()
         self._states: dict[int, str] = {}
@@ -80,10 +78,10 @@ class ResponseTeller:
 
     def end(self) -> list[Event]:
         """The last event: by how the answer ended, or that it was cancelled."""
-        answer = self._job.answers[0]
-        if answer.finish is None:
+        finish = self._spoken.outcome().finish
+        if finish is None:
             return self._last("cancelled", "incomplete")
-        state: State = "incomplete" if answer.finish in CUT else "completed"
+        state: State = "incomplete" if finish in CUT else "completed"
         return self._last(state, state)
 
     def fail(self, refusal: Refusal) -> list[Event]:
@@ -91,7 +89,7 @@ class ResponseTeller:
         return self._last("failed", "failed")
 
     def response(self) -> dict[str, Any]:
-        head, answer = self._head, self._job.answers[0]
+        head, outcome = self._head, self._spoken.outcome()
         found = {
             "id": head.id, "object": "response", "created_at": head.created, "completed_at": self._ended_at,
             "status": self._state, "incomplete_details": self._why_incomplete(), "error": self._told_error(),
@@ -99,8 +97,8 @@ class ResponseTeller:
             "temperature": self._applied["temperature"], "top_p": self._applied["top_p"], "usage": self._usage(),
             "applied": self._applied, "system_fingerprint": head.fingerprint,
         }  # fmt: skip
-        if answer.finish is not None:
-            found["finish_details"] = finish_details(answer)
+        if outcome.finish is not None:
+            found["finish_details"] = outcome.details
         return found | dict(self._echo)
 
     def turn(self) -> ChatMessage:
@@ -140,7 +138,7 @@ class ResponseTeller:
                 place = at if block.kind == "call" else within
                 yield {"type": f"{_kind(block)}.delta", **place, "delta": step.text, **scores}
             case "end":
-                cut = step.last and self._job.answers[0].finish in CUT
+                cut = step.last and self._spoken.outcome().finish in CUT
                 self._states[index] = "incomplete" if cut else "completed"
                 if block.call is not None:
                     called = {"name": block.call.name, "arguments": block.text}
@@ -178,14 +176,14 @@ class ResponseTeller:
         return f"call_{self._hex}_{block.index}"
 
     def _scores(self, scores: Sequence[Any]) -> list[dict[str, Any]]:
-        return told_scores(self._speech.tok, scores, "answer")
+        return self._spoken.scored(scores)
 
     # --- the response ---
 
     def _why_incomplete(self) -> dict[str, str] | None:
         if self._state == "cancelled":
             return {"reason": "cancelled"}
-        return {"reason": CUT[self._job.answers[0].finish or ""]} if self._state == "incomplete" else None
+        return {"reason": CUT[self._spoken.outcome().finish or ""]} if self._state == "incomplete" else None
 
     def _told_error(self) -> dict[str, str] | None:
         error = self._error
@@ -194,13 +192,13 @@ class ResponseTeller:
     def _usage(self) -> dict[str, Any] | None:
         if self._state in ("queued", "in_progress"):
             return None
-        (asked,), (answer,) = self._job.asked, self._job.answers
-        return {
-            "input_tokens": len(asked.prompt), "output_tokens": len(answer.ids),
-            "total_tokens": len(asked.prompt) + len(answer.ids),
-            "input_tokens_details": {"cached_tokens": answer.cached},
-            "output_tokens_details": {"reasoning_tokens": answer.thought_tokens},
+        found = self._spoken.outcome()
+        usage = {
+            "input_tokens": found.prompt, "output_tokens": found.written, "total_tokens": found.prompt + found.written,
+            "input_tokens_details": {"cached_tokens": found.cached},
+            "output_tokens_details": {"reasoning_tokens": found.thought},
         }  # fmt: skip
+        return usage | ({"estimated": True} if found.estimated else {})
 
 
 def _kind(block: Block) -> str:

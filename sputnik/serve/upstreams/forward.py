@@ -2,7 +2,8 @@
 
     forward = Forward(fleet, "/chat/completions", wish, seconds)
     forward.start()                                # its turn has come
-    while data := await forward.more(): ...        # bytes for the client; raises Refusal
+    while frames := await forward.more(): ...      # chunks, or one reply, for the client; raises Refusal
+    forward.usage                                  # as the upstream told it, or a guess that says so
     forward.close()                                # at any time: the upstream is let go at once
 
 What fails before its first token is tried on another replica, once; what fails after it ends with an error that says
@@ -58,7 +59,7 @@ class Forward:
         self.error: Refusal | None = None
         self.worker = ""
         """The replica that answered."""
-        self._ready: list[bytes] = []
+        self._ready: list[dict[str, Any]] = []
         self._news, self._room = asyncio.Event(), asyncio.Event()
         self._over = False
         self._task: asyncio.Task[None] | None = None
@@ -102,18 +103,24 @@ class Forward:
             self._wish.model, self.worker,
         )  # fmt: skip
 
-    async def more(self) -> bytes:
+    async def more(self) -> list[dict[str, Any]]:
         """What has come since the last call, waited for; empty at the end."""
         while not self._ready:
             if self.error is not None:
                 raise self.error
             if self._over:
-                return b""
+                return []
             self._news.clear()
             await self._news.wait()
-        found, self._ready = b"".join(self._ready), []
+        found, self._ready = self._ready, []
         self._room.set()
         return found
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        prompt, written = self._wish.prompt, self._chunks
+        guess = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+        return completed(self._usage or guess | {"estimated": True})
 
     # --- tries ---
 
@@ -191,14 +198,14 @@ class Forward:
             raise ValueError("its reply has no choices")
         self._note(frame)
         self._fleet.stepped(self.produced)
-        self._ready.append(msgspec.json.encode(told(frame, self._wish)))
+        self._ready.append(told(frame, self._wish))
 
     async def _stream(self, response: httpx2.Response) -> None:
         events = Events()
         async for piece in response.aiter_bytes():
             for data in events.feed(piece):
                 if data.strip() == b"[DONE]":
-                    await self._put(self._last())
+                    await self._last()
                     return
                 await self._chunk(_frame(data))
             assert self._scope is not None
@@ -206,7 +213,7 @@ class Forward:
                 self._scope.reschedule(self._patience(self._fleet.settings.stall))
         if len(self._ends) < self._wish.samples:
             raise ValueError("its stream ended before the answer")
-        await self._put(self._last())
+        await self._last()
 
     async def _chunk(self, frame: dict[str, Any]) -> None:
         if frame.get("error"):
@@ -225,7 +232,7 @@ class Forward:
         self._chunks += tokens
         self._fleet.stepped(tokens)
         frame = {name: value for name, value in frame.items() if name != "usage"}
-        await self._put(_event(told(frame | {"choices": said}, self._wish)))
+        await self._put(told(frame | {"choices": said}, self._wish))
 
     def _note(self, frame: dict[str, Any]) -> None:
         self._frame = {name: frame.get(name) for name in ("id", "object", "created")}
@@ -245,26 +252,17 @@ class Forward:
         if says_something(choice) and self._roles.get(index):
             delta["role"], self._roles[index] = self._roles[index], ""
 
-    def _last(self) -> bytes:
-        """The usage, if it is asked for, and the end."""
-        if not self._wish.usage:
-            return b"data: [DONE]\n\n"
-        prompt, written = self._wish.prompt, self._chunks
-        guess = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
-        usage = completed(self._usage or guess | {"estimated": True})
-        frame = self._frame | {"model": self._wish.model, "choices": [], "usage": usage}
-        return _event(frame) + b"data: [DONE]\n\n"
+    async def _last(self) -> None:
+        """The usage, if it is asked for."""
+        if self._wish.usage:
+            await self._put(self._frame | {"model": self._wish.model, "choices": [], "usage": self.usage})
 
-    async def _put(self, data: bytes) -> None:
-        self._ready.append(data)
+    async def _put(self, frame: dict[str, Any]) -> None:
+        self._ready.append(frame)
         self._news.set()
         while len(self._ready) > BACKLOG:
             self._room.clear()
             await self._room.wait()
-
-
-def _event(frame: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(frame) + b"\n\n"
 
 
 def _frame(data: bytes) -> dict[str, Any]:

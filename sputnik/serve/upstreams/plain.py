@@ -1,6 +1,7 @@
 """What is changed on the way through: a request as upstreams take it, chunks and replies as our clients read them.
 
     wish = read(body, "chat")                      # Refusal 400; what admission and choice of a replica need
+    wish = wish_of(fields, "chat")                 # the same of a request that is read already
     chunk = told(frame, wish)                      # thoughts under both names, usage completed, the model's public name
 
 Parameters go to the upstream as they are, and it honours or refuses them. Thoughts come under `reasoning_content`
@@ -21,7 +22,7 @@ BYTES_PER_TOKEN = 4
 USUAL = 1024
 """Tokens an answer is taken to have at most, of requests that do not say."""
 PREFIX = 2048
-"""Bytes of a conversation by which its replica is chosen."""
+"""Bytes of a beginning by which its replica is chosen."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ def read(body: bytes, kind: Kind) -> Wish:
     fields = read_json(body)
     if not isinstance(fields, dict):
         raise Refusal(400, "the body must be a JSON object")
+    return wish_of(fields, kind)
+
+
+def wish_of(fields: dict[str, Any], kind: Kind) -> Wish:
     name = "messages" if kind == "chat" else "prompt"
     said = fields.get(name)
     if not isinstance(said, list if kind == "chat" else list | str) or not said:
@@ -64,10 +69,19 @@ def read(body: bytes, kind: Kind) -> Wish:
         wanted["stream_options"] = (options or {}) | {"include_usage": True}
     if kind == "chat":
         wanted["messages"] = [_with_both(message) for message in said]
-    text = msgspec.json.encode(said)
+    text, beginning = msgspec.json.encode(said), msgspec.json.encode(_beginning(said))
     usage = bool(options and options.get("include_usage"))
     prompt = len(text) // BYTES_PER_TOKEN
-    return Wish(wanted, model, bool(stream), usage, samples, most * samples, prompt, text[:PREFIX])
+    return Wish(wanted, model, bool(stream), usage, samples, most * samples, prompt, beginning[:PREFIX])
+
+
+def _beginning(said: Any) -> Any:
+    """What a conversation has in common with its later turns: as far as the first message of the user."""
+    if isinstance(said, list):
+        for place, message in enumerate(said):
+            if isinstance(message, dict) and message.get("role") == "user":
+                return [(each.get("role"), each.get("content")) for each in said[: place + 1] if isinstance(each, dict)]
+    return said
 
 
 def _count(fields: dict[str, Any], name: str, most: int) -> int | None:

@@ -2,14 +2,16 @@
 
     app = make_upstream_app(service, fleet, hosts)
 
-Chat completions and completions go through; models are those of the upstreams. What speaks of tokens or needs the
-engine's own state (tokenize, closing a thought) is not offered.
+Chat completions and completions go through; Responses and Messages are made of chat completions (`lifted.py`), whatever
+else an upstream speaks. Models are those of the upstreams. What speaks of tokens or needs the engine's own state
+(tokenize, counting, closing a thought) is not offered.
 """
 
 import time
 from collections.abc import Collection
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import JSONResponse, Response
 
@@ -18,17 +20,22 @@ from sputnik.serve.answering import reading, waiting
 from sputnik.serve.app import Routes, add_errors
 from sputnik.serve.books.repeats import Repeats
 from sputnik.serve.guard import App, Call, Guard
+from sputnik.serve.messages.routes import add_messages
 from sputnik.serve.refusals import Refusal
 from sputnik.serve.replies import StreamReply, WholeReply
+from sputnik.serve.responses.routes import add_responses
+from sputnik.serve.responses.shelf import Shelf
 from sputnik.serve.service import Name, Service
 from sputnik.serve.upstreams.fleet import Fleet
 from sputnik.serve.upstreams.forward import Forward
+from sputnik.serve.upstreams.lifted import Lifting, enter
 from sputnik.serve.upstreams.plain import Kind, read
 
 
 def make_upstream_app(service: Service, fleet: Fleet, hosts: Collection[str] | None) -> App:
     app = FastAPI(title="Sputnik", version=__version__, docs_url=None, redoc_url=None)
     routes, ours = UpstreamRoutes(service, fleet), Routes(service)
+    lifting, shelf = Lifting(service, fleet), Shelf()
     for prefix in ("/v1", "", "/beta"):
         api, get, post = APIRouter(prefix=prefix), ["GET"], ["POST"]
         api.add_api_route("/chat/completions", routes.chat, methods=post)
@@ -37,6 +44,8 @@ def make_upstream_app(service: Service, fleet: Fleet, hosts: Collection[str] | N
         api.add_api_route("/models/{model:path}", routes.model, methods=get)
         api.add_api_route("/requests/{id}", ours.request, methods=get)
         api.add_api_route("/requests/{id}/cancel", ours.cancel, methods=post)
+        add_responses(api, service, shelf, lifting)
+        add_messages(api, service, lifting)
         app.include_router(api, include_in_schema=prefix == "/v1")
     app.add_api_route("/user/balance", ours.balance, methods=["GET"])
     beside = {"/health": ours.health, "/ready": ours.ready, "/version": ours.version, "/status": ours.status}
@@ -61,13 +70,9 @@ class UpstreamRoutes:
 
     async def _forward(self, request: Request, path: str, kind: Kind) -> Response:
         call: Call = request.state.call
-        assert call.ticket is not None
         wish = await reading(call, lambda: read(call.body, kind))
-        self._fleet.trusted(wish.model)
-        forward = Forward(self._fleet, path, wish, call.seconds, request.scope["state"].get("trace"))
+        forward = enter(self._service, self._fleet, request, path, wish)
         name = (call.identity.id, call.id)
-        sizes = wish.prompt, wish.answer, wish.samples
-        self._service.enter(name, call.ticket, forward, *sizes, call.seconds, wish.model)
         return (Streamed if wish.stream else Complete)(self._service, name, forward)
 
     async def models(self) -> Response:
@@ -91,16 +96,22 @@ class Complete(WholeReply):
         self._forward = forward
 
     async def whole(self) -> bytes:
-        return await self._forward.more()
+        frames = await self._forward.more()
+        return msgspec.json.encode(frames[0]) if frames else b""
 
 
 class Streamed(StreamReply):
     def __init__(self, service: Service, name: Name, forward: Forward) -> None:
         super().__init__(name[1], forward.close, lambda: service.close(name))
         self._service, self._name, self._forward = service, name, forward
+        self._ended = False
 
     async def more(self) -> bytes:
-        return await self._forward.more()
+        if self._ended:
+            return b""
+        frames = await self._forward.more()
+        self._ended = not frames
+        return b"".join([b"data: " + msgspec.json.encode(frame) + b"\n\n" for frame in frames]) or b"data: [DONE]\n\n"
 
     def silence(self) -> bytes:
         return f": {waiting(self._service, self._name)}\n\n".encode()

@@ -66,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.fake.asked.append(body)
+        self.server.fake.paths.append(self.path)
         self.server.fake.headers.append({name.lower(): value for name, value in self.headers.items()})
         try:
             self._answer(self.server.fake.mode if self.server.fake.alive else "die", body)
@@ -90,6 +91,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._whole(200, WHOLE)
             case "good":
                 self._events(STREAM)
+            case "given":
+                self._events(self.server.fake.given)
             case "split":
                 self._events([bytes([byte]) for byte in b"".join(STREAM)])
             case "no usage":
@@ -143,6 +146,9 @@ class Fake:
         self.mode, self.alive = "good", True
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
+        self.given: list[bytes] = []
+        """What mode "given" streams."""
         self.left = threading.Event()
         """A client went away in the middle of an answer."""
         self._server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -156,6 +162,7 @@ class Fake:
         self.mode, self.alive = "good", True
         self.asked.clear()
         self.headers.clear()
+        self.paths.clear()
         self.left.clear()
 
     def end(self) -> None:
@@ -198,6 +205,12 @@ class Gateway:
                 return error.code, error.read()
         except OSError:
             return 0, b""
+
+    def post(self, path: str, body: Any) -> Any:
+        fields = {"authorization": "Bearer sk-test", "content-type": "application/json"}
+        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode(), fields)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read())
 
     def until(self, wanted: Callable[[], bool], seconds: float = 60) -> None:
         end = time.monotonic() + seconds
