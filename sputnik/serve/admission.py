@@ -159,13 +159,13 @@ class Admission:
         self.tokens = 0
         """Of the prompts at the door and in the queue."""
         self.rate: float | None = None
-        """Tokens a second while somebody waits; None: not measured yet."""
+        """Tokens a second while somebody waits, those of prompts at their cost; None: not measured yet."""
         self._circles = {rank: _Circle(weight) for rank, weight in WEIGHTS.items()}
         self._clock = 0.0
         self._usual = 256.0
         """Tokens of an answer, as they have been lately."""
         self._since: float | None = None
-        self._produced = 0
+        self._produced = 0.0
 
     # --- in and out ---
 
@@ -371,6 +371,7 @@ class Admission:
         key.waiting.popleft()
         key.running += ticket.samples
         ticket.state = "running"
+        self._produced += PREFILL * ticket.prompt
         self.waiting -= 1
         self.tokens -= ticket.prompt
         self.running += ticket.samples

@@ -27,6 +27,10 @@ from sputnik.serve.desk import Desk, Peer
 from sputnik.serve.settings import Template, WorkerSettings
 from sputnik.serve.titles import set_title
 
+CHUNK = 1024
+"""Tokens of prompts in a step beside answers. Twice the engine's usual: a long prompt is then read in half the steps,
+each of which writes all the others' tokens as well; those wait longer for each."""
+
 
 class _Connection(Peer):
     """One gateway. `post` is called by the engine's thread, all else by the socket's."""
@@ -153,6 +157,7 @@ def load(settings: WorkerSettings) -> tuple[LLM, wire.Hello]:
     llm = LLM(  # one slot more than all of these, for probes
         found.path, template, settings.device, precision=settings.precision, weights=settings.weights,
         exact=settings.exact, max_running=settings.slots + spare + 1, cache_bytes=settings.cache_bytes, guesses=1,
+        chunk=CHUNK,
     )  # fmt: skip
     pool = llm.engine.scheduler.pool
     hello = wire.Hello(
