@@ -19,11 +19,13 @@ from sputnik.engine.params import SamplingParams
 from sputnik.serve import wire
 from sputnik.serve.link import Link
 from sputnik.serve.measures import Tally
-from sputnik.serve.reading import Answer, Delta, Speech
+from sputnik.serve.reading import Answer, Delta, Speech, merged
 from sputnik.serve.refusals import Refusal
 
 PATIENCE = 60.0
 """Seconds that a broken answer waits for another worker."""
+UNREAD = 128
+"""Pieces that wait for a client who does not read, before they are joined."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Job:
         self.leaders = [each.answers[0] for each in self._generations]
         """The first answer to each prompt."""
         self._deltas: list[Delta] = []
+        self._most = UNREAD
         self._waiter: asyncio.Future[None] | None = None
         self._closed = False
 
@@ -122,6 +125,9 @@ class Job:
             self.first = time.monotonic()
         if deltas:
             self._deltas += deltas
+            if len(self._deltas) > self._most:
+                self._deltas = merged(self._deltas)
+                self._most = max(UNREAD, 2 * len(self._deltas))
             self._wake()
         elif self.done:
             self._wake()

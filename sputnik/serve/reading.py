@@ -9,8 +9,9 @@ All that is sent comes out of `feed`, piece by piece; a whole reply is the piece
 same by construction. `ids` are kept: after an engine's death they are what the next one goes on from.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sputnik.engine.outputs import Reader
@@ -63,6 +64,24 @@ class Delta:
     """Set in the last one of each sample."""
 
 
+def merged(deltas: Iterable[Delta]) -> list[Delta]:
+    """Texts of one sample and channel become one: a reader who lags gets fewer, longer pieces."""
+    groups, open = list[list[Delta]](), dict[int, list[Delta]]()
+    for delta in deltas:
+        group = open.get(delta.sample)
+        if group and group[-1].channel == delta.channel and not (group[-1].call or delta.call or group[-1].finish):
+            group.append(delta)
+        else:
+            open[delta.sample] = group = [delta]
+            groups.append(group)
+    return [_joined(group) for group in groups]
+
+
+def _joined(group: list[Delta]) -> Delta:
+    scores = tuple(score for each in group for score in each.scores)
+    return replace(group[-1], text="".join(each.text for each in group), scores=scores)
+
+
 @dataclass
 class Answer:
     speech: Speech
@@ -73,7 +92,7 @@ class Answer:
     sample: int = 0
     one_call: bool = False
     """The answer ends with its first call."""
-    ids: list[int] = field(default_factory=list)
+    ids: "array[int]" = field(default_factory=lambda: array("i"))
     finish: Finish | None = None
     stopped: str | None = None
     """The stop string that was found."""

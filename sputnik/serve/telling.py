@@ -10,14 +10,14 @@ choice (how it ended exactly, who closed the thought, calls that could not be re
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
 from sputnik.engine.thinking import Finish
 from sputnik.serve.generations import Job
-from sputnik.serve.reading import Answer, Delta, Score, Speech
+from sputnik.serve.reading import Answer, Delta, Score, Speech, merged
 from sputnik.serve.refusals import Refusal
 from sputnik.text.tokenizer import Tokenizer
 
@@ -271,19 +271,6 @@ def told_scores(tok: Tokenizer, scores: Sequence[Score], channel: str) -> list[d
         for score in scores
         if score.channel == channel
     ]
-
-
-def merged(deltas: Sequence[Delta]) -> list[Delta]:
-    """Neighbouring texts of one sample and channel become one: a reader who lags gets fewer, longer pieces."""
-    found: list[Delta] = []
-    for delta in deltas:
-        last = found[-1] if found else None
-        plain = last is not None and last.call is None and last.finish is None and delta.call is None
-        if last is not None and plain and (last.sample, last.channel) == (delta.sample, delta.channel):
-            found[-1] = replace(delta, text=last.text + delta.text, scores=last.scores + delta.scores)
-        else:
-            found.append(delta)
-    return found
 
 
 def usage(job: Job) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Clients that go in the middle, that send a byte a second, that read nothing: nobody else notices, nothing is kept."""
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
 
 from benchmarks.serving.scenarios import Target, dawdlers, disconnects, unread, until_idle
+from sputnik.serve.reading import Delta, Score, merged
+from sputnik.text.tools import ToolCall
 
 
 @pytest.fixture
@@ -19,6 +22,28 @@ def test_clients_that_go_at_random_moments_leave_every_slot_and_block_free(targe
     found = asyncio.run(disconnects(target, 60, 12, 0.5))
     assert found["gone"] == 60 and found["had_begun"] > 5
     assert found["free_after_s"] < 5, "0.5 s where nothing else runs: see the benchmark"
+
+
+def test_pieces_that_wait_for_a_slow_reader_are_joined_and_say_the_same() -> None:
+    dice = random.Random(0)
+    deltas = [
+        Delta(dice.randrange(3), dice.choice(["answer", "answer", "thinking"]), dice.choice(["", "a", "bc"]),
+              scores=(Score(number, "answer", -1.0, []),) if dice.random() < 0.3 else ())
+        for number in range(500)
+    ]  # fmt: skip
+    call = ToolCall("sum", "{}")
+    deltas += [Delta(1, "answer", call=call), *(Delta(each, "answer", "end", finish="stop") for each in range(3))]
+    joined = merged(deltas)
+
+    def told(found: list[Delta], sample: int) -> Any:
+        parts = [(each.channel, letter, None) for each in found if each.sample == sample for letter in each.text]
+        scores = [score for each in found if each.sample == sample for score in each.scores]
+        return parts, scores, [each.finish for each in found if each.sample == sample][-1]
+
+    for sample in range(3):
+        assert told(joined, sample) == told(deltas, sample)
+    assert [each.call for each in joined if each.call] == [call] and len(joined) < len(deltas) / 2
+    assert merged(joined) == joined
 
 
 @pytest.mark.slow
