@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -42,6 +43,7 @@ class Pulse(threading.Thread):
         self._socket.settimeout(None)
         self._read, self._grace = read, grace
         self._now = threading.Event()
+        self._orphaned = False
 
     def run(self) -> None:
         while True:
@@ -51,6 +53,7 @@ class Pulse(threading.Thread):
                 break
             self._now.wait(EVERY)
             self._now.clear()
+        self._orphaned = True
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(self._grace)
         os.kill(os.getpid(), signal.SIGKILL)  # it hangs, and nobody else is there to end it
@@ -58,6 +61,12 @@ class Pulse(threading.Thread):
     def beat(self) -> None:
         """At once: the state has changed."""
         self._now.set()
+
+    def tidy(self, directory: Path) -> None:
+        """At the end: a supervisor that was killed has left its directory, which is empty once we are gone."""
+        if self._orphaned:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
 
 
 class Ear:

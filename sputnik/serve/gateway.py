@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -62,12 +63,14 @@ async def serve(settings: GatewaySettings) -> int:
     inner = _before_others(service, settings) if settings.upstreams else make_app(service, hosts_of(settings.host))
     tracer = make_tracer(os.environ)
     app = Watched(inner, service, tracer)
+    pulse: Pulse | None = None
     if settings.beats is not None:
 
         def life() -> Beat:
             return Beat(service.state, service.turns, len(service.requests))
 
-        Pulse(settings.beats, life, settings.drain + ORPHANED).start()
+        pulse = Pulse(settings.beats, life, settings.drain + ORPHANED)
+        pulse.start()
     tasks = service.begin()
     servers = [
         http_server(app, settings.host, settings.port),
@@ -94,6 +97,8 @@ async def serve(settings: GatewaySettings) -> int:
         print("gateway: the last usage could not be written down", file=sys.stderr, flush=True)
     if tracer is not None:
         tracer.close()
+    if pulse is not None:
+        pulse.tidy(Path(settings.socket).parent)
     return 0 if drained else 1
 
 

@@ -131,6 +131,7 @@ class Socket(threading.Thread):
         server.close()
         for channel in list(self._channels):
             await channel.finish()
+        Path(self._path).unlink(missing_ok=True)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         channel = wire.Channel[wire.FromGateway](reader, writer, wire.FromGateway)
@@ -201,6 +202,8 @@ def main(settings: WorkerSettings, load: Loader = load) -> int:
     socket.start()
     desk.run()
     socket.finish()
+    if pulse is not None:
+        pulse.tidy(Path(settings.socket).parent)
     if socket.error is not None:
         print(f"error: cannot listen on {settings.socket} ({socket.error}): set a shorter TMPDIR", file=sys.stderr)
         return 2

@@ -137,9 +137,12 @@ def test_children_end_by_themselves_when_the_supervisor_is_killed(start_paced: C
     server = start_paced("--drain", "1")
     server.wait("serving")
     children = [server.child(role) for role in ("worker", "gateway")]
+    listens = [Path(str(each.laddr)) for each in children[0].net_connections("unix") if each.laddr]
+    (directory,) = {path.parent for path in listens if path.name == "worker.sock"}
     server.process.kill()
-    gone, alive = psutil.wait_procs(children, 30)
+    gone, alive = psutil.wait_procs(children, 60)
     assert not alive and len(gone) == 2
+    assert not directory.exists(), "nor is anything left in the temporary folder"
     with socket.socket() as trial:
         trial.bind(("127.0.0.1", server.port))
 
