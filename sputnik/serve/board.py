@@ -2,9 +2,10 @@
 
     board = Board(now)
     board.note("engine", True, "", now);  board.report(now)["components"]["engine"]["uptime"]
+    board.go_on(board.past(), now)                 # what another process has kept
 
-Results are counted in buckets of five minutes. What was not probed is unknown, never up: this board begins with its
-process, so what was before, a dead gateway for one, has no figures. Left out: more than a day, which needs a database.
+Results are counted in buckets of five minutes. What was not probed is unknown, never up: while the gateway is dead
+nobody probes, and that time has no figures. Left out: more than a day, which needs a database.
 """
 
 from collections import deque
@@ -34,6 +35,15 @@ class _Component:
     reason: str = ""
 
 
+@dataclass
+class Past:
+    """What outlives the process."""
+
+    since: float
+    buckets: dict[str, dict[int, list[int]]]
+    incidents: list[Incident]
+
+
 class Board:
     def __init__(self, now: float) -> None:
         self.since = now
@@ -53,6 +63,22 @@ class Board:
         found.up, found.last, found.reason = up, now, "" if up else reason
         for old in [bucket for bucket in found.buckets if bucket < (now - DAY) // BUCKET]:
             del found.buckets[old]
+
+    def past(self) -> Past:
+        buckets = {name: found.buckets for name, found in self._components.items()}
+        return Past(self.since, buckets, list(self._incidents))
+
+    def go_on(self, past: Past, now: float) -> None:
+        """From what was kept, before the first probe. What was down then is, until a probe is good."""
+        self.since = max(past.since, now - DAY)
+        first = (now - DAY) // BUCKET
+        for name, found in self._components.items():
+            kept = past.buckets.get(name, {})
+            found.buckets = {bucket: counts for bucket, counts in kept.items() if first <= bucket <= now // BUCKET}
+        self._incidents.extend(each for each in past.incidents if each.component in self._components)
+        for each in self._incidents:
+            if each.ended is None:
+                self._components[each.component].up = False
 
     def _open(self, name: str) -> Incident:
         return next(each for each in reversed(self._incidents) if each.component == name and each.ended is None)

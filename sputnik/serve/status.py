@@ -4,13 +4,14 @@
     html, headers = page(report)
 
 The API is probed over its own socket, the engine by a real token. The page has no script, and a policy that would let
-none run. What has never worked yet is still being started; while the
-server drains, nothing is said of the engine.
+none run. What has never worked yet is still being started; while the server drains, nothing is said of the engine. What
+probes found is kept in a file of the user's state, one for each port, for the next process there.
 """
 
 import asyncio
 import base64
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -18,16 +19,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sputnik.serve.board import Board
+import msgspec
+
+from sputnik.files import write_whole
+from sputnik.serve.board import Board, Past
+from sputnik.serve.books.key import state_directory
 from sputnik.serve.service import Service
 
+LOG = logging.getLogger("sputnik")
 API_SECONDS = 5.0
+STARTING = 1.0
+"""Seconds between probes before the first good one."""
 BARS = 96
 
 
 async def watch(service: Service, board: Board, host: str, port: int, every: float) -> None:
     """Probe for ever."""
     met: set[str] = set()
+    path = None if service.settings.beats is None else state_directory() / f"status-{port}.json"
+    if path is not None:
+        go_on(board, path, time.time())
     while True:
         found = {"API": await _answers(host, port)}
         if service.state != "draining":
@@ -37,7 +48,30 @@ async def watch(service: Service, board: Board, host: str, port: int, every: flo
             if up or name in met:
                 met.add(name)
                 board.note(name, up, why, time.time())
-        await asyncio.sleep(every)
+        if path is not None and met:
+            path = await asyncio.to_thread(_keep, msgspec.json.encode(board.past()), path)
+        await asyncio.sleep(every if met else min(every, STARTING))
+
+
+def go_on(board: Board, path: Path, now: float) -> None:
+    """From what the process before has kept there."""
+    try:
+        board.go_on(msgspec.json.decode(path.read_bytes(), type=Past), now)
+    except FileNotFoundError:
+        return
+    except (OSError, msgspec.DecodeError) as error:
+        LOG.warning("the status page begins anew", extra={"fields": {"file": str(path), "reason": str(error)}})
+
+
+def _keep(past: bytes, path: Path) -> Path | None:
+    """None: it cannot be, and is not tried again."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(path, past)
+    except OSError as error:
+        LOG.warning("the status page is not kept", extra={"fields": {"file": str(path), "reason": str(error)}})
+        return None
+    return path
 
 
 async def _answers(host: str, port: int) -> tuple[bool, str]:

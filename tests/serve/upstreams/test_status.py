@@ -1,18 +1,26 @@
 """The status page: what the board keeps, what the page may do, and a real gateway whose engine goes and comes back."""
 
 import base64
+import contextlib
 import hashlib
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sputnik.serve.board import BUCKET, DAY, INCIDENTS, Board
-from sputnik.serve.status import BARS, bars, page
+from sputnik.serve.status import BARS, bars, go_on, page
 
 NOW = 1_800_000_000.0
 
@@ -53,6 +61,29 @@ def test_a_day_is_kept_and_no_more_however_long_it_runs() -> None:
     for flap in range(4 * INCIDENTS):
         board.note("API", bool(flap % 2), "flaps", end + flap)
     assert len(board.report(end + 1000)["incidents"]) == INCIDENTS
+
+
+def test_another_process_goes_on_from_what_was_kept(tmp_path: Path) -> None:
+    board = Board(NOW)
+    for second in range(0, 3000, 10):
+        board.note("engine", second < 2000, "no token came in time", NOW + second)
+        board.note("API", True, "", NOW + second)
+    (tmp_path / "kept").write_bytes(msgspec.json.encode(board.past()))
+    next_one = Board(NOW + 4000)
+    go_on(next_one, tmp_path / "kept", NOW + 4000)
+    assert next_one.since == NOW and state(next_one, NOW + 4000)["state"] == "unknown", "nobody has probed yet"
+    assert state(next_one, NOW + 4000)["day"] == state(board, NOW + 4000)["day"]
+    next_one.note("engine", False, "still", NOW + 4010)
+    (incident,) = next_one.report(NOW + 4010)["incidents"]
+    assert (incident["began"], incident["ended"]) == (NOW + 2000, None), "the same one goes on"
+    next_one.note("engine", True, "", NOW + 4020)
+    assert next_one.report(NOW + 4020)["incidents"][0]["ended"] == NOW + 4020
+    late = Board(NOW + 2 * DAY)
+    go_on(late, tmp_path / "kept", NOW + 2 * DAY)
+    assert state(late, NOW + 2 * DAY)["probes"] == 0 and late.since == NOW + DAY
+    (tmp_path / "kept").write_bytes(b'{"since": "yesterday"}')
+    go_on(anew := Board(NOW), tmp_path / "kept", NOW)
+    assert anew.report(NOW) == Board(NOW).report(NOW)
 
 
 def test_a_bar_shows_the_worst_of_its_time() -> None:
@@ -107,3 +138,31 @@ def test_an_engine_that_goes_and_comes_back_is_an_incident(fakes: list[Any], sta
     assert 0 < found["components"]["engine"]["uptime"] < 1 and found["components"]["API"]["uptime"] == 1
     with urllib.request.urlopen(f"{gateway.url}/status", timeout=30) as reply:  # without a key
         assert reply.headers["content-type"].startswith("text/html") and b"Everything works" in reply.read()
+
+
+def test_what_probes_found_is_there_after_a_restart(
+    fakes: list[Any], new_ports: Callable[[], int], tmp_path: Path
+) -> None:
+    fakes[0].reset()
+    ports = new_ports(), new_ports()
+    kept = tmp_path / "sputnik" / f"status-{ports[0]}.json"
+    command = [sys.executable, "-m", "sputnik", "serve", "--upstream", fakes[0].url, "--database", "none"]
+    found: list[dict[str, Any]] = []
+    for turn in (1, 2):
+        process = subprocess.Popen(
+            [*command, "--port", str(ports[0]), "--operator-port", str(ports[1])], stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, env=os.environ | {"SPUTNIK_API_KEY": "sk-x", "XDG_STATE_HOME": str(tmp_path)},
+        )  # fmt: skip
+        end = time.monotonic() + 120
+        while len(found) < turn:
+            assert time.monotonic() < end and process.poll() is None
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/status.json", timeout=30) as reply:
+                    report = json.loads(reply.read())
+                if report["components"]["API"]["state"] == "up" and kept.exists():
+                    found.append(report)
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert found[0]["since"] == found[1]["since"] == json.loads(kept.read_bytes())["since"]
+    assert found[1]["components"]["API"]["probes"] > found[0]["components"]["API"]["probes"] >= 1
