@@ -211,8 +211,6 @@ class Forward:
             assert self._scope is not None
             if self.first is not None:
                 self._scope.reschedule(self._patience(self._fleet.settings.stall))
-        if len(self._ends) < self._wish.samples:
-            raise ValueError("its stream ended before the answer")
         await self._last()
 
     async def _chunk(self, frame: dict[str, Any]) -> None:
@@ -253,7 +251,9 @@ class Forward:
             delta["role"], self._roles[index] = self._roles[index], ""
 
     async def _last(self) -> None:
-        """The usage, if it is asked for."""
+        """The usage, if it is asked for. ValueError: there was no end, whatever the stream says."""
+        if len(self._ends) < self._wish.samples:
+            raise ValueError("its stream ended before the answer")
         if self._wish.usage:
             await self._put(self._frame | {"model": self._wish.model, "choices": [], "usage": self.usage})
 

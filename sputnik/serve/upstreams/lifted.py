@@ -66,12 +66,15 @@ class Lifting:
         usual = {"temperature": settings.temperature, "top_p": settings.top_p}
         fields = await reading(request.state.call, lambda: usual | lowered(chat()))
         wish = wish_of(fields, "chat")
-        names = ("temperature", "top_p", "max_tokens", "seed", "reasoning_effort", "thinking")
+        names = ("temperature", "top_p", "max_tokens", "seed", "reasoning_effort")
+        applied = {name: fields[name] for name in names if name in fields}
+        if "thinking" in fields:
+            applied["thinking"] = fields["thinking"]["type"] == "enabled"
 
         def begin() -> Spoken:
             return Lifted(enter(self._service, self._fleet, request, PATH, wish), fields.get("stop") or ())
 
-        return Prepared({name: fields[name] for name in names if name in fields}, begin)
+        return Prepared(applied, begin)
 
     async def count(self, request: Request, chat: Callable[[], ChatRequest]) -> int:
         raise Refusal(501, "other servers answer here, and do not say how many tokens a text has", retry=False)
@@ -92,6 +95,8 @@ def lowered(chat: ChatRequest) -> dict[str, Any]:
         fields["user"] = chat.user_id
     if chat.response_format is not None:
         fields["response_format"] = _form(msgspec.to_builtins(chat.response_format))
+    for tool in fields.get("tools", ()):  # llama.cpp takes no null
+        tool["function"] = {name: value for name, value in tool["function"].items() if value is not None}
     messages = [_message(each) for each in chat.messages]
     return fields | _thinking(chat) | {"messages": messages, "stream": True}
 

@@ -99,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
                 self._events([*STREAM[:5], STREAM[6]])
             case "cut":
                 self._events(STREAM[:4])
+            case "no end":
+                self._events([*STREAM[:4], STREAM[6]])
             case "die midway":
                 self._events(STREAM[:4], end=False)
             case "stall":

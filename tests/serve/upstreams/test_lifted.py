@@ -142,6 +142,9 @@ def test_calls_in_pieces_come_whole(chat_only: Front, fakes: list[Any]) -> None:
     give(fakes, *[chunk({"tool_calls": [piece]}) for piece in PIECES], chunk({}, "tool_calls"), DONE)
     request = {"model": "inner", "input": "hi", "tools": CALL["tools"]}
     events = streamed(chat_only, request)
+    assert {tuple(body["tools"][0]["function"]) for fake in fakes for body in fake.asked if "tools" in body} == {
+        ("name", "parameters")
+    }, "llama.cpp takes no description that is null"
     calls = events[-1]["response"]["output"]
     assert [json.loads(call["arguments"]) for call in calls] == [{"place": "Rome"}, {"place": "Oslo"}]
     assert len({call["call_id"] for call in calls}) == 2 and events[-1]["type"] == "response.completed"
@@ -184,7 +187,7 @@ def test_ends_are_told_as_the_server_told_them(chat_only: Front, fakes: list[Any
     assert chat_only.fetch("/v1/messages", body)[1]["stop_reason"] == "refusal"
 
 
-@pytest.mark.parametrize("mode", ["die midway", "cut"])
+@pytest.mark.parametrize("mode", ["die midway", "cut", "no end"])
 def test_what_is_lost_in_the_middle_says_so_in_both(chat_only: Front, fakes: list[Any], mode: str) -> None:
     for fake in fakes:
         fake.mode = mode

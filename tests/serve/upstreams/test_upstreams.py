@@ -104,7 +104,7 @@ def test_a_replica_that_hangs_gives_back_what_has_no_token(gateway: Any, fakes: 
     gateway.until_up(2)
 
 
-@pytest.mark.parametrize("mode", ["die midway", "cut", "stall"])
+@pytest.mark.parametrize("mode", ["die midway", "cut", "no end", "stall"])
 def test_a_stream_that_is_lost_in_the_middle_ends_with_an_error_that_says_so(
     gateway: Any, fakes: list[Any], mode: str
 ) -> None:
