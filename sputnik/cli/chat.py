@@ -28,6 +28,7 @@ from sputnik.engine.thinking import Finish
 from sputnik.errors import ConfigError, DataError
 from sputnik.hardware import hardware
 from sputnik.text.chat import Channel
+from sputnik.text.named_models import EMBEDDED
 
 HELP = """\
 /new           forget the conversation
@@ -52,8 +53,8 @@ NOTES: Mapping[Finish, str] = {
 
 @dataclass(frozen=True)
 class ChatConfig:
-    model: Positional[str]
-    """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
+    model: Positional[str] = EMBEDDED
+    """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2, r1-mini)."""
     fold: bool = False
     """Replace a finished thought by one line with its length."""
     thinking: bool = True

@@ -42,7 +42,7 @@ from sputnik.recipe.recipe import model_config, read_recipe
 from sputnik.recipe.stages import kind_of
 from sputnik.recipe.wording import count, duration, money, percent, power
 from sputnik.text.gguf_header import gguf_file
-from sputnik.text.named_models import MODELS
+from sputnik.text.named_models import EMBEDDED, MODELS
 from sputnik.train.pretrain import PretrainConfig
 from sputnik.train.rl import RLConfig
 from sputnik.train.traces import TracesConfig
@@ -207,7 +207,7 @@ def read_shape(spec: str) -> ModelConfig:
         return ModelConfig.preset(spec)
     path = Path(spec)
     if path.suffix != ".json":
-        if not (path.exists() or (Path("runs") / spec).exists() or spec in MODELS):
+        if not (path.exists() or (Path("runs") / spec).exists() or spec in (*MODELS, EMBEDDED)):
             raise ConfigError(f"{spec!r} is neither a preset ({', '.join(PRESETS)}) nor a model directory or run")
         found = find_checkpoint(spec).path
         packed = gguf_file(found)

@@ -1,4 +1,4 @@
-"""`sputnik serve MODEL`: the API server, OpenAI's and DeepSeek's: address and key are printed when it is ready.
+"""`sputnik serve [MODEL]`: the API server, OpenAI's and DeepSeek's: address and key are printed when it is ready.
 
 Three processes (docs/serving.md): this one supervises, a gateway speaks HTTP, a worker computes. SPUTNIK_API_KEY holds
 the keys that are accepted, with commas between several; without it a new one is made and printed. Ctrl-C or SIGTERM let
@@ -24,6 +24,7 @@ from sputnik.serve.settings import BookSettings, GatewaySettings, Template, Upst
 from sputnik.serve.supervisor import Child, Supervisor
 from sputnik.serve.titles import set_title
 from sputnik.serve.watch import GATEWAY, WORKER
+from sputnik.text.named_models import EMBEDDED
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle", "sqlalchemy", "alembic")
@@ -34,7 +35,7 @@ class FrontConfig:
     """What is asked of whoever comes, whatever engine answers."""
 
     model: Positional[str] = ""
-    """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
+    """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2); r1-mini if left out."""
     host: str = "127.0.0.1"
     """The address to listen on; 0.0.0.0 for all."""
     port: int = 8000
@@ -98,7 +99,7 @@ class ServeConfig(FrontConfig):
 
     def _check_upstreams(self) -> None:
         """Either a model or upstreams, and of a model's flags none that an upstream would not hear of."""
-        if bool(self.model) == bool(self.upstream):
+        if self.model and self.upstream:
             raise ConfigError("name a model, or other servers by --upstream http://host:8000: one of both")
         if self.affinity and not self.upstream:
             raise ConfigError("--affinity is for several --upstream: leave it out")
@@ -116,6 +117,11 @@ class ServeConfig(FrontConfig):
                 )
 
     @property
+    def checkpoint(self) -> str:
+        """The model that is served here; upstreams have their own."""
+        return "" if self.upstream else self.model or EMBEDDED
+
+    @property
     def metrics_port(self) -> int:
         return self.port + 1 if self.operator_port is None else self.operator_port
 
@@ -124,14 +130,14 @@ class ServeConfig(FrontConfig):
         """`runs/quickstart/zero/checkpoint` is served as quickstart-zero; upstreams name their own."""
         if self.name is not None or self.upstream:
             return self.name or ""
-        parts = [part for part in Path(self.model).parts if part not in ("/", "..", ".", "checkpoint")]
+        parts = [part for part in Path(self.checkpoint).parts if part not in ("/", "..", ".", "checkpoint")]
         if "runs" in parts[:-1]:
             parts = ["-".join(parts[parts.index("runs") + 1 :])]
         return parts[-1].removesuffix(".gguf") if parts else "model"
 
     def worker(self, path: Path) -> WorkerSettings:
         return WorkerSettings(
-            self.model, str(path), name=self.served_name, template=self.template, device=self.device,
+            self.checkpoint, str(path), name=self.served_name, template=self.template, device=self.device,
             precision=self.precision, weights=self.weights, exact=self.exact, slots=self.slots,
             cache_bytes=int(self.cache_gib * 2**30), drain=self.drain,
         )  # fmt: skip
@@ -177,7 +183,7 @@ def main(config: ServeConfig) -> int:
         gateway = Child("gateway", config.gateway(path, hashes, _upstream_keys(), books), _say, GATEWAY)
         workers = [] if config.upstream else [Child("worker", config.worker(path), _say, WORKER)]
         shown = None if config.open else "that of SPUTNIK_API_KEY" if given else keys[0]
-        _say(f"loading {config.model}" if config.model else f"waiting for {' or '.join(config.upstream)}")
+        _say(f"loading {config.checkpoint}" if config.checkpoint else f"waiting for {' or '.join(config.upstream)}")
         return Supervisor([*workers, gateway], _say, lambda: _welcome(config, shown), config.drain).run()
     finally:
         shutil.rmtree(directory)

@@ -1,4 +1,5 @@
-"""Models by name: `find_model("smollm2")` is the path of its file, fetched once as a pinned package.
+"""Models by name: `find_model("smollm2")` is the path of its file, fetched once as a pinned package; r1-mini is our own
+(recipes/r1.toml) and lies in this package.
 
 A path is given back as it is, so everything that takes a model takes a name too. The package's archive is deleted once
 its one GGUF file is unpacked into the cache; of that file size and sha256 are pinned as well.
@@ -9,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 from sputnik.errors import DataError
@@ -27,6 +29,8 @@ class NamedModel:
     licence: str
 
 
+EMBEDDED = "r1-mini"
+"""What `sputnik chat` and `sputnik serve` take when no model is named."""
 MODELS: Mapping[str, NamedModel] = {
     "smollm2": NamedModel(
         package=Package(
@@ -50,8 +54,10 @@ def find_model(spec: str | Path, models: Mapping[str, NamedModel] = MODELS) -> P
     Raises `Unreachable` when the package cannot be fetched.
     """
     name = str(spec)
-    if name not in models or Path(spec).exists():
+    if Path(spec).exists() or name not in (*models, EMBEDDED):
         return Path(spec)
+    if name == EMBEDDED:
+        return Path(str(files("sputnik") / "embedded" / name))
     model = models[name]
     target = cache_directory() / "models" / name / Path(model.member).name
     if not target.is_file() or target.stat().st_size != model.size:

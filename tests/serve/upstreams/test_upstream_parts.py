@@ -94,7 +94,6 @@ def test_a_wish_is_guessed_by_its_length_and_its_limits() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({}, "one of both"),
         ({"model": "m", "upstream": ("http://a",)}, "one of both"),
         ({"upstream": ("a:8000",)}, "an address such as"),
         ({"upstream": ("http://user:secret@a",)}, "SPUTNIK_UPSTREAM_KEY"),

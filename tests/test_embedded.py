@@ -1,0 +1,89 @@
+"""The model that ships with the package: small enough, as good as its card says, and used when none is named."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from sputnik import LLM
+from sputnik.engine.params import SamplingParams
+from sputnik.recipe.evaluation import EvalConfig, evaluate_checkpoint
+from sputnik.recipe.recipe import read_recipe
+from sputnik.recipe.stages import kind_of
+from sputnik.text.named_models import EMBEDDED, find_model
+
+ROOT = Path(__file__).parent.parent
+HOME = find_model(EMBEDDED)
+CARD = json.loads((HOME / "card.json").read_text())
+
+
+def held_out(questions: int, samples: int, seed: int) -> float:
+    """pass@1 on problems of a seed that no stage has used."""
+    settings = {**CARD["settings"], "questions": questions, "samples": samples, "seed": seed}
+    return evaluate_checkpoint(HOME, EvalConfig(**settings)).pass_at_1.mean
+
+
+def test_the_weights_are_small_and_have_a_prediction_module() -> None:
+    assert sum(file.stat().st_size for file in HOME.glob("*.safetensors")) <= 25e6
+    config = json.loads((HOME / "config.json").read_text())
+    assert config["model_type"] == "deepseek_v3" and config["num_nextn_predict_layers"] == 1
+
+
+def test_the_card_tells_of_every_stage_of_the_recipe_below_the_model() -> None:
+    recipe = read_recipe(ROOT / "recipes/r1.toml", kind_of)
+    below = {stage.name for stage in recipe.below(CARD["model"])} | {CARD["model"]}
+    told = {stage["name"]: stage["kind"] for stage in CARD["stages"]}
+    assert below == {name for name, kind in told.items() if kind != "eval"}
+    assert recipe.stage(CARD["model"]).hash == CARD["hash"], "recipes/r1.toml is not the recipe that made the model"
+
+
+def test_it_reasons_on_questions_it_has_never_seen() -> None:
+    assert held_out(40, 2, 123_456) >= 0.7
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_is_as_good_as_its_card_says() -> None:
+    score = CARD["score"]["pass_at_1"]
+    found = held_out(400, 4, 654_321)
+    assert found >= 0.8
+    assert abs(found - score["mean"]) < 0.06
+
+
+def test_it_thinks_visibly_and_answers_in_a_sentence() -> None:
+    reply = LLM(EMBEDDED).chat("What is 2+7-5?", SamplingParams(temperature=0, max_tokens=128))
+    assert reply.thinking and reply.text.startswith("The answer is ") and reply.text.rstrip().endswith(".")
+
+
+def test_chat_needs_no_name() -> None:
+    command = [sys.executable, "-m", "sputnik", "chat", "--temperature", "0"]
+    done = subprocess.run(command, input="What is 3+4-5?\n", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "The answer is 2.", done.stderr
+
+
+def test_serve_needs_no_name() -> None:
+    ports = [free_port(), free_port()]
+    flags = ["--port", str(ports[0]), "--operator-port", str(ports[1]), "--open", "--database", "none"]
+    command = [sys.executable, "-m", "sputnik", "serve", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
+        assert server.stdout is not None
+        try:
+            assert any("stop     Ctrl-C" in line for line in server.stdout), "it ended before it was ready"
+            with OpenAI(base_url=f"http://127.0.0.1:{ports[0]}/v1", api_key="none") as client:
+                asked = [{"role": "user", "content": "What is 3+4-5?"}]
+                said = client.chat.completions.create(model=EMBEDDED, messages=asked, temperature=0).choices[0].message
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert said.content == "The answer is 2." and said.reasoning_content
+
+
+def free_port() -> int:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        return int(trial.getsockname()[1])
