@@ -144,6 +144,7 @@ def test_children_end_by_themselves_when_the_supervisor_is_killed(start_paced: C
     assert not alive and len(gone) == 2
     assert not directory.exists(), "nor is anything left in the temporary folder"
     with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections may linger; a listener may not
         trial.bind(("127.0.0.1", server.port))
 
 

@@ -121,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        if self.close_connection:  # said, or the next request may be written into a connection that is being closed
+            self.send_header("connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
@@ -253,7 +255,8 @@ def fakes() -> Iterator[list[Fake]]:
 @pytest.fixture(scope="module")
 def started(fakes: list[Fake]) -> Iterator[Gateway]:
     urls = [fake.url for fake in fakes]
-    gateway = Gateway(UpstreamSettings(urls, [CANARY], every=0.05, first=20, stall=1.0), drain=2.0)
+    settings = UpstreamSettings(urls, [CANARY], every=0.05, first=20, stall=1.0)
+    gateway = Gateway(settings, drain=2.0, probe=3600.0)  # a probe of the status page would count as a failure too
     yield gateway
     said = gateway.end()
     assert "Traceback" not in said and CANARY not in said and "sk-test" not in said, said

@@ -220,7 +220,7 @@ def test_what_only_tokens_can_do_is_refused(chat_only: Front, fakes: list[Any]) 
     body["messages"].append({"role": "assistant", "content": "The answer"})
     status, found, _ = chat_only.fetch("/v1/messages", body | {"max_tokens": 8})
     assert status == 400 and "end with the user" in found["error"]["message"]
-    assert not [path for fake in fakes for path in fake.paths]
+    assert not [each for fake in fakes for each in fake.asked if each["messages"][0]["content"] == "hi"]
 
 
 def test_a_request_goes_out_as_any_server_reads_it() -> None:

@@ -81,11 +81,14 @@ def test_what_fails_before_its_first_token_is_tried_elsewhere(
     gateway: Any, fakes: list[Any], mode: str, stream: bool
 ) -> None:
     fakes[0].mode = mode
-    for _ in range(2):  # at least one of them goes to the bad one first
+    for sent in range(1, 21):  # sooner or later one of them goes to the bad one first
         found = gateway.ask(stream=stream)
         content = streamed(found)["content"] if stream else found.choices[0].message.content
-        assert content == "ab"
-    assert asked(fakes[0]) and len(asked(fakes[1])) == 2
+        assert content == "ab" and len(asked(fakes[1])) == sent
+        if asked(fakes[0]):
+            return
+        gateway.until_up(2)
+    raise AssertionError("the bad one was never asked")
 
 
 def test_a_replica_that_hangs_gives_back_what_has_no_token(gateway: Any, fakes: list[Any]) -> None:
@@ -117,6 +120,12 @@ def test_a_stream_that_is_lost_in_the_middle_ends_with_an_error_that_says_so(
     assert len(asked(*fakes)) == 1, "tokens were seen: it is not tried again"
 
 
+def refusal(gateway: Any) -> openai.InternalServerError:
+    with pytest.raises(openai.InternalServerError) as failed:
+        gateway.ask()
+    return failed.value
+
+
 def test_errors_of_the_client_are_the_clients_and_others_are_not(gateway: Any, fakes: list[Any]) -> None:
     bad(fakes, "400")
     with pytest.raises(openai.BadRequestError, match="said 400") as refused:
@@ -125,10 +134,12 @@ def test_errors_of_the_client_are_the_clients_and_others_are_not(gateway: Any, f
     for mode, code in (("500", "upstream_failed"), ("429", "overloaded"), ("401", "upstream_key")):
         bad(fakes, mode)
         gateway.until_up(2) if mode != "500" else None
-        with pytest.raises(openai.InternalServerError) as failed:
-            gateway.ask()
-        assert (failed.value.status_code, failed.value.code) == (503, code)
-        assert int(failed.value.response.headers["retry-after"]) > 0
+        error = refusal(gateway)
+        while error.code == "loading":  # what failed before may still be counted while both are up again
+            gateway.until_up(2)
+            error = refusal(gateway)
+        assert (error.status_code, error.code) == (503, code)
+        assert int(error.response.headers["retry-after"]) > 0
         bad(fakes, "good")
         gateway.until_up(2)
 
