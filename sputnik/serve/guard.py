@@ -21,9 +21,9 @@ from sputnik.serve.service import Service
 
 MAX_BODY = 1 << 20
 BODY_SECONDS = 12.0
+"""That a body may take to arrive."""
 LINGER_SECONDS, LINGER_BYTES = 1.0, 8 << 20
 """How much of a large body is read and thrown away after its refusal: who is still sending would not see the answer."""
-"""That a body may take to arrive."""
 OPEN = frozenset({"/health", "/ready", "/version", "/status", "/status.json"})
 """Paths that say nothing about anybody, and ask for no key."""
 GENERATING = ("/chat/completions", "/completions", "/responses", "/messages")

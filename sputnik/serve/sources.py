@@ -14,13 +14,10 @@ from typing import Any, Protocol
 
 from fastapi import Request
 
-from sputnik.serve.answering import reading
-from sputnik.serve.asking import Asking
+from sputnik.serve.answering import called, reading
 from sputnik.serve.fields import ChatRequest
 from sputnik.serve.generations import Job
-from sputnik.serve.guard import Call
 from sputnik.serve.reading import Delta, Score, Speech
-from sputnik.serve.refusals import Refusal
 from sputnik.serve.service import Service
 from sputnik.serve.telling import Outcome, Spoken, finish_details, told_scores
 
@@ -50,8 +47,7 @@ class OwnEngine:
         return f"fp_{self._service.fingerprint}"
 
     async def prepare(self, request: Request, chat: Callable[[], ChatRequest]) -> Prepared:
-        call: Call = request.state.call
-        asking = self._asking
+        call, asking = called(self._service, request)
         asked, applied = await reading(call, lambda: asking.chat(chat(), call.identity))
 
         def begin() -> Spoken:
@@ -62,14 +58,8 @@ class OwnEngine:
         return Prepared(applied, begin)
 
     async def count(self, request: Request, chat: Callable[[], ChatRequest]) -> int:
-        asking = self._asking
-        return await reading(request.state.call, lambda: asking.count(chat()))
-
-    @property
-    def _asking(self) -> Asking:
-        if self._service.asking is None:
-            raise Refusal(503, "the model is being loaded", code="loading", retry_after=5)
-        return self._service.asking
+        call, asking = called(self._service, request)
+        return await reading(call, lambda: asking.count(chat()))
 
 
 class Ours:

@@ -129,6 +129,12 @@ def digest(files: Iterable[Path]) -> str:
     return whole.hexdigest()[:16]
 
 
+def weights_digest(checkpoint: Path) -> str:
+    """Hash of the weights of a checkpoint directory or a GGUF file."""
+    inside = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.gguf")]
+    return digest([checkpoint] if checkpoint.is_file() else sorted(inside))
+
+
 # --- dialogues ---
 
 

@@ -36,7 +36,7 @@ from sputnik.model.moe import Route, update_bias
 from sputnik.model.transformer import Transformer
 from sputnik.text.corpus import PackedCorpus, bits_per_byte, byte_lengths
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train.examples import digest
+from sputnik.train.examples import weights_digest
 from sputnik.train.guards import Action, Guard, GuardConfig, first_non_finite
 from sputnik.train.loop import Loop, Read
 from sputnik.train.optim import Ema, adamw, clip_gradients, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -366,7 +366,7 @@ def _identity(stage: Pretraining, corpus: PackedCorpus, held_out: PackedCorpus, 
     if stage.config.precision == "auto":
         settings["precision"] = stage.precision
     model = {f"model.{key}": value for key, value in to_dict(stage.model.config).items()}
-    begun = {} if start is None else {"start": digest(sorted(start.glob("*.safetensors")))}
+    begun = {} if start is None else {"start": weights_digest(start)}
     return {**settings, **model, "corpus": corpus.info.sha256, "held_out": held_out.info.sha256, **begun}
 
 

@@ -28,7 +28,7 @@ from sputnik.tasks.base import Task, load_task, self_check
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.audit import audit, audit_table, labelled_set
-from sputnik.train.examples import digest
+from sputnik.train.examples import digest, weights_digest
 from sputnik.train.guards import Guard
 from sputnik.train.loop import Loop
 from sputnik.train.losses import Objective
@@ -153,13 +153,7 @@ def _identity(
     """Everything the result depends on."""
     settings = {key: value for key, value in to_dict(config).items() if key not in OUTCOME_FREE}
     settings["precision"] = resolve_precision(config.precision)  # another day's measurement may decide otherwise
-    found = {**settings, "task_version": task.version, "parent": _digest(parent)}
+    found = {**settings, "task_version": task.version, "parent": weights_digest(parent)}
     if judges:
-        found |= {"judges": [_digest(path) for path in judges], "prompts": digest(prompts)}
+        found |= {"judges": [weights_digest(path) for path in judges], "prompts": digest(prompts)}
     return found
-
-
-def _digest(checkpoint: Path) -> str:
-    """Hash of a checkpoint's weights."""
-    weights = sorted([*checkpoint.glob("*.safetensors"), *checkpoint.glob("*.gguf")])
-    return digest([checkpoint] if checkpoint.is_file() else weights)

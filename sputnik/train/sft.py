@@ -40,7 +40,7 @@ from sputnik.model.moe import Route, update_bias
 from sputnik.model.transformer import Transformer
 from sputnik.text.corpus import bits_per_byte, byte_lengths
 from sputnik.text.tokenizer import Tokenizer
-from sputnik.train.examples import Data, Example, Policy, digest, preview, read_examples, shown, split
+from sputnik.train.examples import Data, Example, Policy, digest, preview, read_examples, shown, split, weights_digest
 from sputnik.train.guards import Action, Guard, GuardConfig, first_non_finite
 from sputnik.train.loop import Loop, Read
 from sputnik.train.optim import adamw, clip_gradients, load_optimizer_tensors, optimizer_tensors, set_lr
@@ -375,6 +375,4 @@ def _identity(stage: FineTuning, files: Sequence[Path], parent: Path) -> dict[st
     """Everything the result depends on."""
     settings = {key: value for key, value in to_dict(stage.config).items() if key not in (*OUTCOME_FREE, "data")}
     settings["precision"] = stage.precision  # another day's measurement may decide otherwise
-    files_of = parent.iterdir() if parent.is_dir() else [parent]
-    weights = sorted(file for file in files_of if file.suffix in (".safetensors", ".gguf"))
-    return {**settings, "examples": digest(files), "parent": digest(weights)}
+    return {**settings, "examples": digest(files), "parent": weights_digest(parent)}
