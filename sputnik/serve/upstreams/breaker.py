@@ -39,6 +39,11 @@ class Breaker:
         self._bad: dict[Kind, int] = {"probe": 0, "answer": 0, "token": 0}
         self._good, self._needed, self._rose = 0, self.rules.rises, -math.inf
 
+    @property
+    def doubted(self) -> bool:
+        """It answers probes, and a token has to show whether it can write."""
+        return not self._bad["probe"] and (self.suspect or (self.falls > 0 and not self.up))
+
     def worked(self, kind: Kind, now: float) -> None:
         self._bad[kind] = 0
         if kind == "token":

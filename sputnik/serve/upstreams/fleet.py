@@ -95,6 +95,7 @@ class Fleet:
         async with asyncio.TaskGroup() as group:
             for replica in self.replicas:
                 group.create_task(self._watch(replica))
+                group.create_task(self._doubt(replica))
 
     async def probe(self) -> float:
         begun = time.monotonic()
@@ -110,8 +111,9 @@ class Fleet:
         return time.monotonic() - begun
 
     async def figures(self) -> dict[str, float]:
-        up = sum(replica.breaker.up for replica in self.replicas)
-        return {"replicas": float(len(self.replicas)), "replicas_up": float(up)}
+        breakers = [replica.breaker for replica in self.replicas]
+        up, doubted = sum(each.up for each in breakers), sum(each.doubted for each in breakers)
+        return {"replicas": float(len(breakers)), "replicas_up": float(up), "replicas_doubted": float(doubted)}
 
     # --- whom to ask ---
 
@@ -186,22 +188,30 @@ class Fleet:
 
     async def _watch(self, replica: Replica) -> None:
         while True:
-            kind: Kind = "probe"
-            try:
-                async with asyncio.timeout(PROBE_SECONDS):
-                    replica.models = await self._list(replica)
-                self.worked(replica, kind)
-                if replica.breaker.suspect or (replica.breaker.falls and not replica.breaker.up):
-                    kind = "token"
-                    await self._token(replica)
-                    self.worked(replica, kind)
-            except TimeoutError:
-                self.failed(replica, kind, "it did not answer a probe in time")
-            except httpx2.HTTPError as error:
-                self.failed(replica, kind, type(error).__name__)
-            except ValueError as error:
-                self.failed(replica, kind, str(error))
+            async with self._trial(replica, "probe"), asyncio.timeout(PROBE_SECONDS):
+                replica.models = await self._list(replica)
             await asyncio.sleep(self.settings.every)
+
+    async def _doubt(self, replica: Replica) -> None:
+        """Beside the probes, which must not wait for a token of a server that hangs."""
+        while True:
+            if replica.breaker.doubted:
+                async with self._trial(replica, "token"):
+                    await self._token(replica)
+            await asyncio.sleep(self.settings.every)
+
+    @contextlib.asynccontextmanager
+    async def _trial(self, replica: Replica, kind: Kind) -> AsyncIterator[None]:
+        """Tells the breaker how the block went."""
+        try:
+            yield
+            self.worked(replica, kind)
+        except TimeoutError:
+            self.failed(replica, kind, "it did not answer a probe in time")
+        except httpx2.HTTPError as error:
+            self.failed(replica, kind, type(error).__name__)
+        except ValueError as error:
+            self.failed(replica, kind, str(error))
 
     async def _list(self, replica: Replica) -> dict[str, dict[str, Any]]:
         async with self._client.stream("GET", f"{replica.url}/models", headers=replica.headers) as response:

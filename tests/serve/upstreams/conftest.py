@@ -290,7 +290,7 @@ def events_of_a_stream() -> list[bytes]:
 def gateway(started: Gateway, fakes: list[Fake]) -> Gateway:
     for fake in fakes:
         fake.reset()
-    started.until_up(2)
+    started.until(lambda: started.page().items() >= {"engine_replicas_up": 2.0, "engine_replicas_doubted": 0.0}.items())
     for fake in fakes:
         fake.reset()
     return started

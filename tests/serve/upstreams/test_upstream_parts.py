@@ -58,7 +58,9 @@ def test_failed_answers_make_suspect_and_a_token_decides() -> None:
     for _ in range(3):
         breaker.failed("answer", 3)
     breaker.failed("token", 4)
-    assert not breaker.up
+    assert not breaker.up and breaker.doubted, "it has to show a token"
+    breaker.failed("probe", 5)
+    assert not breaker.doubted, "nothing is asked of what does not answer probes"
 
 
 def test_events_are_the_same_however_they_are_split(events_of_a_stream: list[bytes]) -> None:
