@@ -176,7 +176,7 @@ class Admission:
             raise Full("server", self.closed, 5.0)
         if key.open >= self.limits.per_key:
             raise Full("key", f"this key has {key.open} requests open, its limit", self._turn)
-        wait = self._forecast(identity, key.cost, now)
+        wait = self._forecast(identity, key.cost, now, self.limits.wait)
         self._check_places(key, wait)
         self._check_room(guess)
         if wait is not None and wait > self.limits.wait:
@@ -304,10 +304,11 @@ class Admission:
             return 0.0
         return None if not self.rate else (ahead + self._usual) / self.rate
 
-    def _forecast(self, identity: Identity, before: float, now: float) -> float | None:
-        """Seconds until one starts that has so many tokens of its own key before it.
+    def _forecast(self, identity: Identity, before: float, now: float, most: float = math.inf) -> float | None:
+        """Seconds until one starts that has so many tokens of its own key before it; a bound from below beyond `most`.
 
-        Others pass until they have had as much: with what they have waiting, and what they ask for meanwhile.
+        Others pass until they have had as much: with what they have waiting, and what they ask for meanwhile. A refusal
+        has to be cheap however many keys wait: hence `most`.
         """
         circle, mine = self._circles[identity.rank], self._key(identity)
         tag, here = mine.tag(circle.clock) + before, circle.tag(self._clock)
@@ -321,7 +322,7 @@ class Admission:
             there = here + ahead / circle.weight
             ahead += sum(max(0.0, min(cost + asks * wait, (there - at) * weight)) for cost, asks, at, weight in circles)
             longer = self._wait(ahead)
-            if longer is None or longer <= 1.01 * wait:
+            if longer is None or longer <= 1.01 * wait or longer > most:
                 return longer
             wait = longer
         return wait
