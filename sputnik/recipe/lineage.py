@@ -23,7 +23,7 @@ from sputnik.files import sibling
 from sputnik.hardware import cpu_name, resolve_precision
 from sputnik.recipe.recipe import Recipe, Stage
 from sputnik.train.loop import machine
-from sputnik.train.state import JsonLines, read_jsonl, write_json
+from sputnik.train.state import JsonLines, read_jsonl, strict_json, write_json
 
 Decision = Literal["skip", "continue", "run"]
 Status = Literal["running", "stopped", "failed", "done"]
@@ -139,7 +139,7 @@ class Lineage:
         return decisions
 
     def _refusal(self, stage: Stage, record: Record) -> str:
-        changes = changed_keys(record.settings, stage.settings)
+        changes = changed_keys(record.settings, strict_json(stage.settings))  # a tuple is kept as a list
         if record.kind != stage.kind:
             changes.insert(0, f"kind {record.kind} -> {stage.kind}")
         if not changes:

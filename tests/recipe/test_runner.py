@@ -48,6 +48,7 @@ class OnceConfig:
     seed: int = 0
     task: str = "none"
     fail: bool = False
+    texts: tuple[str, ...] = ("a",)
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def test_all_stages_run_in_order_and_leave_their_lineage(tmp_path: Path) -> None
     assert list(found) == ["data", "base", "after"]
     assert {record["status"] for record in found.values()} == {"done"}
     assert [record["parent"] for record in found.values()] == [None, "data", "base"]
-    assert found["data"]["settings"] == {"size": 4, "seed": 3, "task": "none", "fail": False}
+    assert found["data"]["settings"] == {"size": 4, "seed": 3, "task": "none", "fail": False, "texts": ["a"]}
     assert found["base"]["settings"]["model.hidden_size"] == 64
     assert found["base"]["result"] == {"steps": 5}
     assert found["base"]["seconds"] >= 0 and found["base"]["usd"] >= 0 and found["base"]["code"]
@@ -147,6 +148,8 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
         ConfigError, match=r"stage 'base' .*steps 5 -> 6.*--fresh base \(discards base, after\).*--name"
     ):
         run(tmp_path, read(tmp_path, RECIPE, "base.steps=6"))
+    with pytest.raises(ConfigError, match="stage 'data' was made with other settings: size 4 -> 5. Make"):
+        run(tmp_path, read(tmp_path, RECIPE, "data.size=5"))
     with pytest.raises(ConfigError, match="model.hidden_size 64 -> 96"):
         run(tmp_path, read(tmp_path, RECIPE, "model.hidden_size=96"))
     with pytest.raises(ConfigError, match="seed 3 -> 4"):
