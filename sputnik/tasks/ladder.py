@@ -5,8 +5,9 @@
     reverse    Write "stone" backwards.                          count     How many times is a in "banana"?
 
 The demonstrations are of mixed quality, as in arithmetic.py: guesses, hasty working full of slips, careful working, and
-careful working that is checked and mended. `load_task("mix", ...)` makes one task of several. Left out: anything that
-needs knowledge of the world.
+careful working that is checked and mended. Where a family has `spelt`, its steps are small enough for a model that can
+do nothing in its head but copy, compare two signs and count on. `load_task("mix", ...)` makes one task of several. Left
+out: anything that needs knowledge of the world.
 """
 
 import random
@@ -124,10 +125,12 @@ def _checked(first: Sequence[Step], again: Sequence[Step]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Compare(Rung):
-    """`count` is the fewest and most numbers; half of the time they differ in their last digits only."""
+    """`count` is the fewest and most numbers; half of the time they differ in their last digits only. `spelt`: two
+    numbers are compared digit by digit."""
 
     count: tuple[int, int] = (2, 4)
     largest: int = 999
+    spelt: bool = False
 
     name = "ladder:compare"
 
@@ -152,13 +155,22 @@ class Compare(Rung):
         steps = []
         for number in rest:
             larger = (number > best) != slips()
-            text = f"{best}{'<' if larger else '>'}{number}"
+            text = _digitwise(best, number, larger) if self.spelt else f"{best}{'<' if larger else '>'}{number}"
             best = number if larger else best
             steps.append(Step(f"{text}: {best}", str(best)))
         return steps
 
     def guess(self, problem: Problem, rng: random.Random) -> str:
         return str(rng.choice(problem.meta["numbers"]))
+
+
+def _digitwise(a: int, b: int, larger: bool) -> str:
+    """327 and 332: "327 332 3=3 2<3", up to the first digits that differ, or to the lengths where those do."""
+    pairs = list(zip(str(a), str(b), strict=True)) if len(str(a)) == len(str(b)) else [(len(str(a)), len(str(b)))]
+    differs = next((place for place, (x, y) in enumerate(pairs) if x != y), len(pairs) - 1)
+    same = [f"{x}={y}" for x, y in pairs[:differs]]
+    x, y = pairs[differs]
+    return " ".join([str(a), str(b), *same, f"{x}{'<' if larger else '>'}{y}"])
 
 
 @dataclass(frozen=True)
@@ -219,9 +231,10 @@ def _numbers(text: str) -> list[int] | None:
 
 @dataclass(frozen=True)
 class Divisor(Rung):
-    """Both numbers are at most `largest`; the working is Euclid's."""
+    """Both numbers are at most `largest`; the working is Euclid's. `spelt`: multiple and remainder are a step each."""
 
     largest: int = 200
+    spelt: bool = False
 
     name = "ladder:gcd"
 
@@ -246,7 +259,11 @@ class Divisor(Rung):
             times, rest = divmod(a, b)
             if slips():
                 rest = (rest + 1) % b
-            steps.append(Step(f"{a}={times}*{b}+{rest}", str(rest)))
+            if self.spelt:
+                steps.append(Step(f"{times}*{b}={times * b}", str(times * b)))
+                steps.append(Step(f"{a}-{times * b}={rest}", str(rest)))
+            else:
+                steps.append(Step(f"{a}={times}*{b}+{rest}", str(rest)))
             a, b = b, rest
         return [*steps, Step(f"so {a}", str(a))]
 
@@ -342,9 +359,10 @@ class Reverse(Letters):
 
 @dataclass(frozen=True)
 class Count(Letters):
-    """Of one letter, in words of few different ones."""
+    """Of one letter, in words of few different ones. `spelt`: each step has its letter beside the one sought."""
 
     letters: tuple[int, int] = (4, 9)
+    spelt: bool = False
 
     name = "ladder:count"
 
@@ -356,10 +374,12 @@ class Count(Letters):
         return Problem(prompt=prompt, gold=str(word.count(letter)), meta={"word": word, "letter": letter})
 
     def working(self, problem: Problem, slips: Slips) -> list[Step]:
-        count, steps = 0, []
+        sought, count, steps = problem.meta["letter"], 0, []
         for letter in problem.meta["word"]:
-            count += (letter == problem.meta["letter"]) != slips()
-            steps.append(Step(f"{letter} {count}", str(count)))
+            found = (letter == sought) != slips()
+            count += found
+            seen = f"{letter}{'=' if found else '-'}{sought}" if self.spelt else letter
+            steps.append(Step(f"{seen} {count}", str(count)))
         return steps
 
     def guess(self, problem: Problem, rng: random.Random) -> str:

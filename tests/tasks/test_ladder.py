@@ -180,3 +180,25 @@ def test_the_questions_of_the_docs_have_the_answers_of_the_docs() -> None:
     )
     assert [name for name, _, _ in rows] == list(RUNGS)
     assert all(reckoned(f"ladder:{name}", question) == answer for name, question, answer in rows)
+
+
+def test_what_is_spelt_out_needs_no_sum_and_no_comparison_of_numbers_in_the_head() -> None:
+    def thought(name: str, **meta: Any) -> list[str]:
+        task = load_task(f"ladder:{name}", {"spelt": True})
+        assert isinstance(task, Rung)
+        return [str(step) for step in task.working(Problem(prompt="", gold="", meta=meta), lambda: False)]
+
+    assert thought("compare", numbers=[327, 332, 45, 332]) == [
+        "327 332 3=3 2<3: 332", "332 45 3>2: 332", "332 332 3=3 3=3 2>2: 332"
+    ]  # fmt: skip
+    assert thought("gcd", numbers=[90, 36]) == ["2*36=72", "90-72=18", "2*18=36", "36-36=0", "so 18"]
+    assert thought("count", word="fifi", letter="i") == ["f-i 0", "i=i 1", "f-i 1", "i=i 2"]
+
+
+@pytest.mark.parametrize("name", ["compare", "gcd", "count"])
+def test_what_is_spelt_out_ends_as_what_is_not(name: str) -> None:
+    short, spelt = (load_task(f"ladder:{name}", {"spelt": each}) for each in (False, True))
+    assert isinstance(short, Rung) and isinstance(spelt, Rung)
+    for problem in short.problems("train", 200):
+        ends = [task.outcome(task.working(problem, lambda: False)) for task in (short, spelt)]
+        assert ends == [problem.gold] * 2
