@@ -230,6 +230,11 @@ class Gateway:
     def until_up(self, replicas: int) -> None:
         self.until(lambda: self.page().get("engine_replicas_up") == replicas)
 
+    def until_trusted(self) -> None:
+        """Both are up, and neither has to show a token."""
+        wanted = {"engine_replicas_up": 2.0, "engine_replicas_doubted": 0.0}
+        self.until(lambda: self.page().items() >= wanted.items())
+
     def ask(self, **more: Any) -> Any:
         said = [{"role": "user", "content": "hi"}]
         return self.client.chat.completions.create(**({"model": "inner", "messages": said} | more))
@@ -290,7 +295,7 @@ def events_of_a_stream() -> list[bytes]:
 def gateway(started: Gateway, fakes: list[Fake]) -> Gateway:
     for fake in fakes:
         fake.reset()
-    started.until(lambda: started.page().items() >= {"engine_replicas_up": 2.0, "engine_replicas_doubted": 0.0}.items())
+    started.until_trusted()
     for fake in fakes:
         fake.reset()
     return started

@@ -141,7 +141,7 @@ def test_errors_of_the_client_are_the_clients_and_others_are_not(gateway: Any, f
         assert (error.status_code, error.code) == (503, code)
         assert int(error.response.headers["retry-after"]) > 0
         bad(fakes, "good")
-        gateway.until_up(2)
+        gateway.until_trusted()
 
 
 @pytest.mark.parametrize(
