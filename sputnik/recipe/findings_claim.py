@@ -16,7 +16,7 @@ A recipe holds one or several claims beside its stages, which run once for each 
 Seeds are paired: both sides of one seed start from the same weights and see the same data, so each gives one number
 (difference, change, ratio or plain value), and these numbers have a mean and a 95 % t-interval. The claim is reproduced
 ("yes") if the whole interval lies within the bounds `above` and `below`, not reproduced ("no") if it lies beyond one of
-them, and else nobody "could tell". FILE is a .json or .jsonl of the stage, or `lineage`, the stage's record (result,
+them, and else nobody "could tell"; with fewer seeds than the rule asks for it is "incomplete". FILE is a .json or .jsonl of the stage, or `lineage`, the stage's record (result,
 seconds, usd). Left out: corrections for asking many questions at once; the card says how many were asked.
 """
 
@@ -32,7 +32,7 @@ from sputnik.errors import ConfigError, DataError
 from sputnik.eval.stats import student, variance
 from sputnik.recipe.evidence import number, read_json, read_jsonl
 
-Reproduced = Literal["yes", "no", "could not tell"]
+Reproduced = Literal["yes", "no", "could not tell", "incomplete"]
 LEAST_SEEDS = 3
 """Fewer decide nothing."""
 
@@ -189,7 +189,7 @@ def decide(claim: Claim, values: list[float]) -> Reproduced:
     """Apply the rule to the effects of the seeds there are."""
     interval = t_interval(values)
     if interval is None or len(values) < claim.seeds:
-        return "could not tell"
+        return "incomplete"
     low, high = interval
     above, below = (
         (-math.inf if claim.above is None else claim.above),

@@ -22,8 +22,8 @@ from sputnik.recipe.lineage import Lineage
 from sputnik.recipe.wording import NONE, duration, money, percent
 
 PLOTS = "findings-plots"
-SIGNS = {"yes": "✓ yes", "no": "✗ no", "could not tell": "? could not tell"}
-ROLES = {"yes": "green", "no": "red", "could not tell": "amber"}
+SIGNS = {"yes": "✓ yes", "no": "✗ no", "could not tell": "? could not tell", "incomplete": "… incomplete"}
+ROLES = {"yes": "green", "no": "red", "could not tell": "amber", "incomplete": "slate"}
 HEAD = """# Findings
 
 The claims of the DeepSeek-V3 and R1 reports that have a small form, tried on models of a few million parameters.
@@ -32,8 +32,8 @@ The claims of the DeepSeek-V3 and R1 reports that have a small form, tried on mo
 Every row is decided by a rule that stands in its recipe and was noted before the first run. Each seed gives one number,
 both sides of it from the same weights and data where that can be. The claim is reproduced if the whole 95 % interval of
 these numbers (Student's t over the seeds) lies within the bounds of the rule, not reproduced if it lies beyond one of
-them, and else nobody could tell. What does not reproduce here may hold at scale, and of many rows at 95 % one or
-another is luck.
+them, and else nobody could tell; it is incomplete while seeds are missing. What does not reproduce here may hold at
+scale, and of many rows at 95 % one or another is luck.
 
 `sputnik run recipes/findings.toml` does it all again, killed and continued as you like; `--only NAME` redoes a claim or
 a recipe, `--set seeds=1` is a quick look. The same in numbers: `findings.json`.
@@ -244,7 +244,7 @@ def _clearance(rule: Mapping[str, Any], mean: float) -> Callable[[float], float]
 def page(facts: Mapping[str, Any]) -> str:
     """findings.md from findings.json."""
     rows, counts = facts["claims"], facts["summary"]
-    told = "Of {} claims {yes} reproduce, {no} do not, {could not tell} could not be told."
+    told = "Of {} claims {yes} reproduce, {no} do not, {could not tell} could not be told, {incomplete} lack seeds."
     parts = [HEAD.format(summary=told.format(len(rows), **counts), spent=_spent(facts))]
     if "overview.svg" in facts["plots"]:
         parts.append(

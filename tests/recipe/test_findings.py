@@ -156,8 +156,8 @@ def test_the_interval_is_students() -> None:
         ([0.0024, 0.0026, 0.0025], -0.0025, 0.0025, "could not tell"),
         ([0.0, 0.0, 0.0], 0.0, None, "no"),
         ([1.0, 1.0, 1.0], 0.0, None, "yes"),
-        ([1.0, 1.1], 0.0, None, "could not tell"),
-        ([], 0.0, None, "could not tell"),
+        ([1.0, 1.1], 0.0, None, "incomplete"),
+        ([], 0.0, None, "incomplete"),
     ],
 )
 def test_the_rule_has_three_answers(values: list[float], above: float | None, below: float | None, answer: str) -> None:
@@ -238,7 +238,7 @@ def test_a_card_says_what_every_claim_came_to(once: tuple[Path, dict[str, Any], 
     assert len({value["ours"] for value in higher["values"]}) == 3
     assert found["one-grows"]["ours"] == pytest.approx(statistics.fmean([4.5, 5.4, 6.3, 7.2, 8.1, 9.0]))
     assert found["one-grows"]["show"] == {"last length": 9.0}
-    assert facts["summary"] == {"yes": 4, "no": 0, "could not tell": 0}
+    assert facts["summary"] == {"yes": 4, "no": 0, "could not tell": 0, "incomplete": 0}
     assert facts["seconds"] >= 0 and facts["usd"] >= 0 and facts["code"] and facts["hardware"]
     assert "6 runs, about 6 min 00 s" in seen and "(6 of 6)" in seen and "left" in seen
     for place in (folder / "docs", folder / "runs/card"):
@@ -275,7 +275,7 @@ def test_only_what_a_claim_reads_is_run(tmp_path: Path) -> None:
 def test_a_quick_look_decides_nothing_and_stays_out_of_the_docs(tmp_path: Path) -> None:
     make(tmp_path)
     facts, _ = run(tmp_path, "seeds=2", name="trial")
-    assert facts["summary"] == {"yes": 0, "no": 0, "could not tell": 4}
+    assert facts["summary"] == {"yes": 0, "no": 0, "could not tell": 0, "incomplete": 4}
     assert rows(facts)["one-higher"]["seeds"] == 2 and not (tmp_path / "docs").exists()
     run(tmp_path, "seeds=1", f"out={tmp_path / 'here'}", name="other", only=["one-grows"])
     assert (tmp_path / "here/findings.md").is_file()
@@ -286,7 +286,7 @@ def test_one_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"1 of 6 runs failed \(one seed 1\)"):
         run(tmp_path, "one.second.fail_at_seed=1", name="broken")
     found = rows(json.loads((tmp_path / "runs/broken/findings.json").read_text()))
-    assert found["one-higher"]["reproduced"] == "could not tell" and found["one-higher"]["seeds"] == 2
+    assert found["one-higher"]["reproduced"] == "incomplete" and found["one-higher"]["seeds"] == 2
     assert found["one-higher"]["missing"] == ["seed 1: second not run"]
     assert found["two-higher"]["reproduced"] == "yes"
     text = (tmp_path / "runs/broken/findings.md").read_text()
@@ -313,7 +313,7 @@ def test_a_card_of_nothing_run_shows_its_rules(tmp_path: Path) -> None:
     path = make(tmp_path)
     card = read_card(path)
     text = write_card(card, tmp_path / "runs/none").read_text()
-    assert "Nothing has been run yet" in text and "| above +0.5 | ? could not tell |" in text
+    assert "Nothing has been run yet" in text and "| above +0.5 | … incomplete |" in text
 
 
 @pytest.mark.parametrize(

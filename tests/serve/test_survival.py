@@ -110,7 +110,7 @@ def test_a_request_over_which_engines_die_ends_with_an_error(server: Any) -> Non
 
 def test_sigterm_twice_lets_answers_finish_and_lets_nobody_in(start_paced: Callable[..., Any]) -> None:
     """Eight run and four wait when it comes; not one is cut short."""
-    server = start_paced("--steps", "20", "--slots", "8", "--drain", "100")
+    server = start_paced("--steps", "40", "--slots", "8", "--drain", "100")
     server.wait("serving")
     asks = [Ask(server.port, KEY, tokens=60, seed=seed) for seed in range(12)]
     late: list[Answer] = []
