@@ -16,8 +16,9 @@ A recipe holds one or several claims beside its stages, which run once for each 
 Seeds are paired: both sides of one seed start from the same weights and see the same data, so each gives one number
 (difference, change, ratio or plain value), and these numbers have a mean and a 95 % t-interval. The claim is reproduced
 ("yes") if the whole interval lies within the bounds `above` and `below`, not reproduced ("no") if it lies beyond one of
-them, and else nobody "could tell"; with fewer seeds than the rule asks for it is "incomplete". FILE is a .json or .jsonl of the stage, or `lineage`, the stage's record (result,
-seconds, usd). Left out: corrections for asking many questions at once; the card says how many were asked.
+them, and else nobody "could tell"; with fewer seeds than the rule asks for it is "incomplete". FILE is a .json or
+.jsonl of the stage, or `lineage`, the stage's record (result, seconds, usd). Left out: corrections for asking many
+questions at once; the card says how many were asked.
 """
 
 import math
