@@ -17,6 +17,7 @@ from typing import Literal
 
 from sputnik.errors import ConfigError
 from sputnik.tasks.base import Demonstration, Problem, Task, Verdict
+from sputnik.tasks.wordings import wordings
 
 Style = Literal["guess", "sloppy", "steps", "checked"]
 STYLES: tuple[Style, ...] = ("guess", "sloppy", "steps", "checked")
@@ -81,6 +82,9 @@ class Arithmetic(Task):
         """The integer: "+7", "07" and "7." are 7."""
         number = parse_integer(answer)
         return super().normalise(answer) if number is None else str(number)
+
+    def wordings(self, problem: Problem) -> tuple[str, ...]:
+        return wordings("arithmetic", problem.meta)
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         rng = random.Random(f"demonstrations/{seed}")

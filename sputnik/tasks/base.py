@@ -136,6 +136,10 @@ class Task(ABC):
         sentence = f"The answer is {answer}."
         return sentence if final_answer(sentence) == answer else answer
 
+    def wordings(self, problem: Problem) -> Sequence[str]:
+        """Other prompts that ask the same, for examples (train/traces.py); the family's own way is not among them."""
+        return ()
+
     def self_checks(self, thinking: str) -> bool:
         """Does this thought look back at itself? Counted, never rewarded."""
         return re.search(r"\b(re-?check|double-check|check|wait|verify)", thinking, re.IGNORECASE) is not None

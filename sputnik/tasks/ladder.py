@@ -21,6 +21,7 @@ from typing import Any, Self, cast
 from sputnik.errors import ConfigError, TaskError
 from sputnik.tasks.arithmetic import Style, parse_integer
 from sputnik.tasks.base import Demonstration, Problem, Task, Verdict
+from sputnik.tasks.wordings import wordings
 
 CONSONANTS, VOWELS = "bdfgklmnprstv", "aeiou"
 Slips = Callable[[], bool]
@@ -88,6 +89,9 @@ class Rung(Task):
     def normalise(self, answer: str) -> str:
         number = parse_integer(answer)
         return super().normalise(answer) if number is None else str(number)
+
+    def wordings(self, problem: Problem) -> tuple[str, ...]:
+        return wordings(self.name, problem.meta)
 
     def demonstrations(self, n: int, seed: int) -> list[Demonstration]:
         rng = random.Random(f"{self.name}/demonstrations/{seed}")

@@ -98,6 +98,9 @@ class Mixture(Task):
     def conclude(self, problem: Problem, answer: str) -> str:
         return self.task_of(problem).conclude(problem, answer)
 
+    def wordings(self, problem: Problem) -> Sequence[str]:
+        return self.task_of(problem).wordings(problem)
+
     def self_checks(self, thinking: str) -> bool:
         """By any family's rule; `task_of(problem).self_checks` is that of one."""
         return any(member.task.self_checks(thinking) for member in self.members.values())

@@ -19,6 +19,7 @@ or judges.
 """
 
 import math
+import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -87,6 +88,8 @@ class TracesConfig:
     """At most so many of each family of a mixture; a family that has them is asked no further."""
     checks: float = 0.0
     """Share of kept thoughts that look back at themselves: until it is reached, such thoughts come first."""
+    reworded: float = 0.0
+    """Share of the examples whose question stands there in another wording (`Task.wordings`) than it was asked in."""
     sentences: bool = True
     """Say answers as plain sentences (`Task.conclude`); else as the model wrote them."""
     readable: Mapping[str, Any] = field(default_factory=dict)
@@ -104,6 +107,8 @@ class TracesConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)}: set it to 1 or more")
         if not 0 < self.near <= 1 or not 0 <= self.checks <= 1:
             raise ConfigError(f"near = {self.near}, checks = {self.checks}: need 0 < near <= 1 and 0 <= checks <= 1")
+        if not 0 <= self.reworded <= 1:
+            raise ConfigError(f"reworded = {self.reworded}: a share, from 0 to 1")
         if self.per_family is not None and self.per_family < 1:
             raise ConfigError(f"per_family = {self.per_family}: set it to 1 or more, or leave it out")
         if self.temperature == 0 and self.samples > 1:
@@ -122,10 +127,11 @@ class TracesConfig:
 
 @dataclass
 class Sample:
-    """`said` is the answer as it will be learned; `reason` why it will not be."""
+    """`asked` and `said` are question and answer as they will be learned; `reason` why they will not be."""
 
     problem: Problem
     record: Record
+    asked: str
     said: str = ""
     reason: str | None = None
 
@@ -137,7 +143,7 @@ class Sample:
         record = self.record
         shared = {"task": task, "id": record.problem_id, "verdict": record.verdict, "length": record.length}
         if self.reason is None:
-            return {"prompt": record.prompt, "thinking": record.thinking, "answer": self.said, **shared}
+            return {"prompt": self.asked, "thinking": record.thinking, "answer": self.said, **shared}
         told = {"prompt": record.prompt, "thinking": record.thinking, "answer": record.answer, **shared}
         return {**told, "reason": self.reason, "detail": record.detail}
 
@@ -149,6 +155,8 @@ class Collection:
         self.config, self.task, self.pool, self.model, self.out = config, task, pool, model, out
         self.rules = from_dict(Readable, config.readable, "readable")
         self.questions = task.problems("train", config.questions, config.seed)
+        if config.reworded and not any(map(self._wordings, self.questions)):
+            raise ConfigError(f"reworded: task {task.name!r} knows its questions in one wording only; leave it out")
         self.lot = max(1, ROWS // config.samples)
         self.reasons: Counter[str] = Counter()
         self.families: dict[str, Counter[str]] = {}
@@ -219,7 +227,8 @@ class Collection:
 
     def _judged(self, written: Written) -> list[Sample]:
         records = judge_replies(self.task, self.pool, written)
-        samples = [Sample(problem, record) for (problem, _, _), record in zip(written, records, strict=True)]
+        pairs = zip(written, records, strict=True)
+        samples = [Sample(problem, record, self._wording(problem)) for (problem, _, _), record in pairs]
         for sample in samples:
             record = sample.record
             if not record.correct:
@@ -239,6 +248,19 @@ class Collection:
             if judgement.verdict is not Verdict.CORRECT:
                 sample.reason = "conclusion"
 
+    def _wording(self, problem: Problem) -> str:
+        """How the question of an example stands in it: the same for all samples of a question."""
+        rng = random.Random(f"wording/{self.config.seed}/{problem.id}")
+        others = self._wordings(problem) if rng.random() < self.config.reworded else ()
+        return rng.choice(others) if others else problem.prompt
+
+    def _wordings(self, problem: Problem) -> Sequence[str]:
+        task = self.task.task_of(problem)
+        try:
+            return task.wordings(problem)
+        except Exception as error:
+            raise broken_task(error, f"{type(task).__name__}.wordings", type(task)) from error
+
     def _sentence(self, sample: Sample) -> str:
         task = self.task.task_of(sample.problem)
         try:
@@ -250,7 +272,7 @@ class Collection:
         """The samples of one question: what is kept counts at once, for the questions after it."""
         family = self.families.setdefault(self._family(group[0].problem), Counter())
         for sample in group:
-            if sample.reason is None and key(sample.record.prompt, sample.record.thinking) in self._seen:
+            if sample.reason is None and key(sample.asked, sample.record.thinking) in self._seen:
                 sample.reason = "duplicate"
         good = [sample for sample in group if sample.reason is None]
         checks_first = self._total("checks") < self.config.checks * self._total("kept")
@@ -263,7 +285,7 @@ class Collection:
                 family["kept"] += 1
                 family["checks"] += sample.record.self_check
                 family["tokens"] += sample.record.length
-        self._seen |= {key(sample.record.prompt, sample.record.thinking) for sample in good if sample.reason is None}
+        self._seen |= {key(sample.asked, sample.record.thinking) for sample in good if sample.reason is None}
 
     def _count(self, asked: Sequence[Problem], samples: Sequence[Sample]) -> None:
         for problem in asked:

@@ -202,3 +202,19 @@ def test_what_is_spelt_out_ends_as_what_is_not(name: str) -> None:
     for problem in short.problems("train", 200):
         ends = [task.outcome(task.working(problem, lambda: False)) for task in (short, spelt)]
         assert ends == [problem.gold] * 2
+
+
+@pytest.mark.parametrize("name", [*NAMES, "arithmetic"])
+def test_other_wordings_hold_the_same_question(name: str) -> None:
+    def parts(text: str) -> list[str]:
+        text = text.replace(" plus ", "+").replace(" minus ", "-")
+        return re.findall(r"\d+|[-+]", text)
+
+    task = load_task(name)
+    for problem in task.problems("train", 20):
+        others = task.wordings(problem)
+        assert len(set(others)) == len(others) >= 5 and problem.prompt not in others
+        for other in others:
+            assert parts(other) == parts(problem.prompt)
+            for held in ("word", "letter"):
+                assert held not in problem.meta or re.search(rf"\b{problem.meta[held]}\b", other)

@@ -100,6 +100,19 @@ def test_same_seed_same_bytes_other_seed_other_traces(whole: Path, policy: Any, 
     assert (tmp_path / "other" / "data.jsonl").read_bytes() != (whole / "data.jsonl").read_bytes()
 
 
+def test_examples_may_have_their_question_in_other_words(whole: Path, policy: Any, tmp_path: Path) -> None:
+    collect(policy, tmp_path, keep=2, reworded=0.5)
+    problems = {problem.id: problem for problem in policy.task.problems("train", 24)}
+    other = 0
+    for line, plain in zip(lines(tmp_path)[0], lines(whole)[0], strict=True):
+        reworded = line["prompt"] in policy.task.wordings(problems[line["id"]])
+        assert line | {"prompt": ""} == plain | {"prompt": ""} and (reworded or line["prompt"] == plain["prompt"])
+        other += reworded
+    assert 0 < other < len(lines(whole)[0])
+    with pytest.raises(ConfigError, match="one wording only"):
+        collect(policy, tmp_path / "none", task="countdown", task_options={}, reworded=0.5)
+
+
 class Crash(RuntimeError):
     pass
 
@@ -166,7 +179,7 @@ def test_thoughts_with_a_check_come_first_until_there_are_enough(policy: Any, tm
         stage = Collection(TracesConfig(**{**SMALL, "checks": share}), policy.task, None, None, tmp_path)  # type: ignore[arg-type]
         kept = []
         for problem in stage.questions:
-            group = [traces.Sample(problem, record(problem, place)) for place in range(3)]
+            group = [traces.Sample(problem, record(problem, place), problem.prompt) for place in range(3)]
             stage._select(group)
             kept += [sample.record.self_check for sample in group if sample.reason is None]
         assert len(kept) == 24
