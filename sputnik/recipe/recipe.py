@@ -23,6 +23,8 @@ Unknown keys, unknown kinds and parents that do not stand above their child are 
 """
 
 import hashlib
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -140,6 +142,9 @@ def read_recipe(
     by_name = {table["name"]: table for table in tables}
     if len(by_name) < len(tables) or set(by_name) & {*TOP_KEYS, "stage"}:
         raise ConfigError(f"{path}: stage names must differ from each other and from {', '.join(TOP_KEYS)}")
+    for called in by_name:  # it becomes a folder of the run, and is deleted with all it holds
+        if not re.fullmatch(r"[\w-]+", called):
+            raise ConfigError(f"{path}: stage {called!r}: name it with letters, digits, - and _ alone")
     everything = {**data, **by_name}
     for assignment in overrides:
         set_by_path(everything, assignment)
@@ -186,7 +191,7 @@ def _stages(
         if not isinstance(inputs, list):
             raise ConfigError(f"{where}: inputs must be a list of stage names")
         for below in [*inputs, *([parent] if parent else [])]:
-            if below not in hashes:
+            if not isinstance(below, str) or below not in hashes:
                 raise ConfigError(f"{where}: {below!r} does not stand above it")
         own = {key: value for key, value in table.items() if key not in STAGE_KEYS}
         known = [field.name for field in fields(kind.config)]
@@ -225,7 +230,7 @@ def _input_files(settings: Mapping[str, Any]) -> dict[str, str]:
         if 0 < len(text) < 500:
             for spelling in {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}:
                 path = Path(spelling)
-                if path.suffix and path.is_file():
+                if path.suffix and os.path.isfile(path):  # noqa: PTH113 - Path's raises where a text is too long for a name
                     found[f"file {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
 

@@ -71,6 +71,7 @@ def run_recipe(
     existed = run.exists()
     if only is not None:
         recipe.stage(only)
+    _price(0.0, recipe)  # hardware that nobody knows is refused now, not when the first stage is done
     with run_lock(run):
         try:
             lineage = Lineage(run)

@@ -200,6 +200,10 @@ def test_a_changed_task_file_is_another_stage(tmp_path: Path, monkeypatch: pytes
         run(tmp_path, read(tmp_path, RECIPE, "data.task=my_task.py:Mine"))
 
 
+def test_a_setting_may_be_longer_than_the_name_of_a_file(tmp_path: Path) -> None:
+    assert read(tmp_path, RECIPE, f'data.task="{"Think first. Then answer. " * 15}"').stage("data").settings["task"]
+
+
 def test_a_stage_the_recipe_no_longer_has_is_refused(tmp_path: Path) -> None:
     run(tmp_path, read(tmp_path))
     with pytest.raises(ConfigError, match="holds stage 'after', which this recipe does not have"):
@@ -215,6 +219,12 @@ def test_only_runs_one_stage_and_needs_its_parents(tmp_path: Path) -> None:
     assert list(records(tmp_path)) == ["data", "base"]
     with pytest.raises(ConfigError, match="no stage 'bass'; it has data, base, after"):
         run(tmp_path, read(tmp_path), only="bass")
+
+
+def test_unknown_hardware_is_refused_before_the_first_stage(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no hardware 'H8000'; choose one of cpu, H800"):
+        run(tmp_path, read(tmp_path, RECIPE, "hardware=H8000"))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_failing_first_stage_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -240,6 +250,7 @@ def test_a_failing_later_stage_leaves_the_earlier_ones(tmp_path: Path) -> None:
         (["base.steps=many"], "stage 'base': steps = 'many'"),
         (["base.parent=after"], "stage 'base': 'after' does not stand above it"),
         (['base.inputs=["after"]'], "stage 'base': 'after' does not stand above it"),
+        (["base.inputs=[['data']]"], "stage 'base': ['data'] does not stand above it"),
         (["base.inputs=data"], "inputs must be a list of stage names"),
         (["data.model={preset = 'tiny'}"], "a stage of kind once makes no model of its own"),
         (["base.model={preset = 'tiny', hiden_size = 96}"], "stage 'base': model: unknown key 'hiden_size'"),
@@ -264,6 +275,10 @@ def test_mistakes_are_named_with_their_place(tmp_path: Path, overrides: list[str
         (RECIPE.replace('"after"', '"base"'), "must differ"),
         ("[[stage", "not valid TOML"),
         (RECIPE.replace('"two"', '"../two"'), "plain folder name"),
+        *(
+            (RECIPE.replace('"after"', f'"{name}"'), "letters, digits")
+            for name in ("", ".", "..", "/tmp", "a/b", "a.json")
+        ),
     ],
 )
 def test_broken_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:
