@@ -51,12 +51,12 @@ class TracesVerbConfig:
     keep: int = 1
     """At most so many of a question."""
     prefer: Prefer = "short"
-    near: float = 0.9
-    """Similarity from which two answers to a question are copies."""
     per_family: int | None = None
     """At most so many of each family of a mixture."""
     checks: float = 0.0
     """Share of thoughts that check themselves to aim at."""
+    reworded: float = 0.0
+    """Share of the examples with their question in other words, which arithmetic and the ladder know."""
     readable: UseAppendAction[tuple[str, ...]] = ()
     """KEY=VALUE of what a thought must be like: language=en, repeats=0.2, paragraph=1000, code_blocks=false, ..."""
     sentences: bool = True
@@ -68,7 +68,7 @@ class TracesVerbConfig:
 
     def settings(self) -> TracesConfig:
         shared = ("task", "instruction", "questions", "samples", "temperature", "top_p", "max_tokens", "keep", "prefer",
-                  "near", "per_family", "checks", "sentences", "template", "seed")  # fmt: skip
+                  "per_family", "checks", "reworded", "sentences", "template", "seed")  # fmt: skip
         plain = EndpointConfig()
         changed = {key: value for key, value in to_dict(self.endpoint).items() if value != to_dict(plain)[key]}
         return TracesConfig(

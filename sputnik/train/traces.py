@@ -82,8 +82,6 @@ class TracesConfig:
     """At most so many of a question."""
     prefer: Prefer = "short"
     """Which ones: the short, the diverse, or any, that is, the first."""
-    near: float = 0.9
-    """Similarity (0 to 1) from which two answers to a question are copies."""
     per_family: int | None = None
     """At most so many of each family of a mixture; a family that has them is asked no further."""
     checks: float = 0.0
@@ -105,10 +103,9 @@ class TracesConfig:
         for name in ("questions", "samples", "max_tokens", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: set it to 1 or more")
-        if not 0 < self.near <= 1 or not 0 <= self.checks <= 1:
-            raise ConfigError(f"near = {self.near}, checks = {self.checks}: need 0 < near <= 1 and 0 <= checks <= 1")
-        if not 0 <= self.reworded <= 1:
-            raise ConfigError(f"reworded = {self.reworded}: a share, from 0 to 1")
+        for name in ("checks", "reworded"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: a share, from 0 to 1")
         if self.per_family is not None and self.per_family < 1:
             raise ConfigError(f"per_family = {self.per_family}: set it to 1 or more, or leave it out")
         if self.temperature == 0 and self.samples > 1:
@@ -277,7 +274,7 @@ class Collection:
         good = [sample for sample in group if sample.reason is None]
         checks_first = self._total("checks") < self.config.checks * self._total("kept")
         reasons = choose(
-            [sample.candidate for sample in good], self.config.keep, self.config.prefer, self.config.near, checks_first
+            [sample.candidate for sample in good], self.config.keep, self.config.prefer, checks_first=checks_first
         )
         for sample, reason in zip(good, reasons, strict=True):
             sample.reason = reason or ("family full" if self._is_full(self._family(sample.problem)) else None)

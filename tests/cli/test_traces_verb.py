@@ -79,7 +79,7 @@ def test_a_teacher_behind_a_url_gives_examples_that_fine_tuning_reads(
     school: School, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "teacher.jsonl"
-    flags = ["--task", "arithmetic", "--questions", "10", "--samples", "4", "--keep", "2", "--near", "1"]
+    flags = ["--task", "arithmetic", "--questions", "10", "--samples", "4", "--keep", "2"]
     flags += ["--instruction", "Be brief.", "--endpoint.model", "wise", "--endpoint.concurrency", "1"]
     assert main(["traces", school.url, *flags, "--out", str(out)]) == 0
     assert len(school.asked) == 40 and all(question.endswith("?\nBe brief.") for question in school.asked)

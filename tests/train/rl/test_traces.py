@@ -273,8 +273,8 @@ def test_the_instruction_is_asked_and_not_learned(policy: Any, tmp_path: Path, m
     [
         ({"samples": 0}, "samples = 0: set it to 1 or more"),
         ({"keep": 0}, "keep = 0"),
-        ({"near": 0}, "0 < near <= 1"),
-        ({"checks": 2}, "0 <= checks <= 1"),
+        ({"reworded": 1.5}, "a share, from 0 to 1"),
+        ({"checks": 2}, "checks = 2: a share, from 0 to 1"),
         ({"per_family": 0}, "per_family = 0"),
         ({"temperature": 0}, "temperature 0 gives the same answer"),
         ({"readable": {"langage": "en"}}, "readable: unknown key 'langage'; did you mean 'language'"),
