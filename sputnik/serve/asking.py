@@ -9,6 +9,7 @@ that thinking cannot use them all up; effort low thinks for a quarter at most, m
 """
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +198,8 @@ class Asking:
             raise Refusal(400, "response_format and a forced tool call exclude each other", param="response_format")
         if (wanted.type == "json_schema") != (wanted.json_schema is not None):
             raise Refusal(400, "json_schema goes with type json_schema", param="response_format")
-        return {"schema": ANYTHING if wanted.json_schema is None else wanted.json_schema.schema}
+        schema = ANYTHING if wanted.json_schema is None else wanted.json_schema.schema
+        return {"schema": json.dumps(schema)}  # as text: it may hold numbers that no message to the worker could
 
     # --- completions ---
 
@@ -324,7 +326,7 @@ def _scores(logprobs: bool | None, top: int | None) -> dict[str, Any]:
 
 
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
-    if not all(name.isdecimal() for name in given):
+    if not all(name.isdecimal() and len(name) < 10 for name in given):
         raise Refusal(400, "the keys of logit_bias are token ids", param="logit_bias")
     return {int(name): bias for name, bias in given.items()}
 

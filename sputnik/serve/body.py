@@ -9,6 +9,7 @@ named), or has a value of another type; nothing is coerced.
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -19,7 +20,8 @@ from sputnik.serve.refusals import Refusal
 DEPTH = 64
 MEDIA = re.compile(r"Invalid (?:enum )?value '(\w*(?:image|audio|video|file|document)\w*)'")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-PLACE = re.compile(r"^(.*?)(?: - at `(.*)`)?$", re.DOTALL)
+SHOWN = 200
+"""Characters of what a caller wrote that a refusal repeats."""
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -50,15 +52,16 @@ def parse(body: bytes, kind: type[T], prepare: Callable[[dict[str, Any]], None] 
     known = [field.encode_name for field in msgspec.structs.fields(kind)]
     for name in value:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            shown = name[:SHOWN]
+            near = difflib.get_close_matches(shown, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out: what it asks for would not be done"
-            raise Refusal(400, f"unknown parameter {name!r}; {hint}", code="unknown_parameter", param=name)
+            raise Refusal(400, f"unknown parameter {shown!r}; {hint}", code="unknown_parameter", param=shown)
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as error:
-        found = PLACE.match(str(error))
-        text, place = found.groups() if found else (str(error), None)
-        param = None if place is None else place.removeprefix("$.")
+        head, at, tail = str(error).rpartition(" - at `")
+        text = (head if at else tail)[:SHOWN]
+        param = tail.removesuffix("`").removeprefix("$.") if at else None
         if media := MEDIA.search(text):
             text = f"{media[1]} is not offered, this model reads text alone"
         raise Refusal(400, f"{param}: {text}" if param else text, code="invalid_value", param=param) from None
@@ -78,8 +81,7 @@ def _check_depth(value: Any) -> None:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:100]!r} stands twice in one object")
     return found
 

@@ -44,6 +44,8 @@ RAW: dict[str, bytes] = {
     "NUL": b'{"model": "\x00"}',
     "NaN": b'{"model": NaN}',
     "doubled key": b'{"model": "babbler", "model": "babbler"}',
+    "doubled among many": b'{%s,"a1":0}' % b",".join([b'"a%d":0' % number for number in range(20_000)]),
+    "a name of half a megabyte": b'{"%s": 1}' % (b"model" * 100_000),
     "doubled inside": b'{"model": "babbler", "x": [{"a": 1, "a": 2}]}',
     "half a surrogate": b'{"model": "\\ud800"}',
     "surrogate key": b'{"\\udfff": 1}',
@@ -73,6 +75,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "long stop": (CHAT, {"stop": "x" * 257}),
     "empty stop": (CHAT, {"stop": ""}),
     "biases": (CHAT, {"logit_bias": {str(id): 1 for id in range(301)}}),
+    "bias of five thousand digits": (CHAT, {"logit_bias": {"9" * 5000: 1}}),
     "bias of no token": (CHAT, {"logit_bias": {"99999": 1}}),
     "scores": (CHAT, {"logprobs": True, "top_logprobs": 21}),
     "scores of nothing": (CHAT, {"top_logprobs": 2}),
@@ -82,6 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "parts": (CHAT, said({"role": "user", "content": [{"type": "text", "text": "x"}] * 65})),
     "image": (CHAT, said({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]})),
     "role": (CHAT, said({"role": "root", "content": "x"})),
+    "long role": (CHAT, said({"role": "image" * 100_000, "content": "x"})),
     "result without call": (CHAT, said({"role": "tool", "content": "x", "tool_call_id": "y"})),
     "assistant last": (CHAT, said(*Q, {"role": "assistant", "content": "x"})),
     "prefix first": (CHAT, said({"role": "assistant", "content": "x", "prefix": True}, *Q)),
@@ -264,6 +268,7 @@ SCHEMAS: dict[str, Any] = {
     "itself": {"$ref": "#"},
     "elsewhere": {"$ref": "http://127.0.0.1:1/x"},
     "nothing": {"allOf": [{"type": "string"}, {"type": "integer"}]},
+    "below a number of 71 bits": {"type": "integer", "minimum": 1, "maximum": -(1 << 70)},
     "a list of a hundred thousand": {"enum": list(range(100_000))},
 }
 
