@@ -64,6 +64,8 @@ class Objective:
             raise ConfigError(f"{where}: reference_refresh = {objective.reference_refresh}: set it above 0")
         if objective.clip_low < 0 or objective.clip_high < 0 or objective.kl_beta < 0 or objective.importance_cap < 0:
             raise ConfigError(f"{where}: clip_low, clip_high, kl_beta and importance_cap must not be negative")
+        if not 0 <= objective.overlong_share <= 1:
+            raise ConfigError(f"{where}: overlong_share = {objective.overlong_share}: choose a share, 0 to 1")
         return objective
 
 

@@ -88,7 +88,8 @@ class RLConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "optimizer_steps", "max_tokens", "lr", "temperature", "eval_every"):
+        above_zero = ("steps", "prompts_per_step", "optimizer_steps", "max_tokens", "lr", "temperature")
+        for name in (*above_zero, "eval_every", "eval_questions", "eval_samples"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: set it above 0")
         if self.samples_per_prompt < 2:
@@ -159,13 +160,13 @@ class Reinforcement:
 
     def step(self, step: int, loop: Loop) -> dict[str, Any]:
         began = time.perf_counter()
-        groups, seconds = self._gather(step, loop.data_step(step))
+        groups, drawn, seconds = self._gather(step, loop.data_step(step))
         trained = time.perf_counter()
         figures = self._learn(groups, step, loop.data_step(step))
         seconds["train_s"] = time.perf_counter() - trained
-        tokens = sum(len(sample.generation.ids) for group in groups for sample in group)
-        loop.meter.add(tokens=tokens, flops=self._flops(groups))
-        metrics = {**rollout_metrics(groups, self.task, self.tok), **figures, **seconds}
+        tokens = sum(len(sample.generation.ids) for group in drawn for sample in group)
+        loop.meter.add(tokens=tokens, flops=self._flops(drawn, groups))
+        metrics = {**rollout_metrics(drawn, self.task, self.tok), **figures, **seconds}
         metrics["tokens_per_s"] = tokens / (time.perf_counter() - began)
         for sample in _shown(groups):
             loop.log("rollouts", {"step": step, **sample.record(self.tok)})
@@ -199,10 +200,11 @@ class Reinforcement:
 
     # --- one step ---
 
-    def _gather(self, step: int, data_step: int) -> tuple[list[Group], dict[str, float]]:
-        """The rollout of a step, and the seconds its phases took."""
+    def _gather(self, step: int, data_step: int) -> tuple[list[Group], list[Group], dict[str, float]]:
+        """The rollout of a step, all groups that were drawn for it (dynamic sampling drops some: metrics of the others
+        alone would not be the policy's), and the seconds its phases took."""
         config = self.config
-        groups: list[Group] = []
+        groups, drawn = list[Group](), list[Group]()
         seconds = {"generate_s": 0.0, "verify_s": 0.0}
         for attempt in range(MAX_ROUNDS if self.objective.dynamic_sampling else 1):
             problems = self._questions(step, data_step, attempt)
@@ -214,6 +216,7 @@ class Reinforcement:
             fresh = self.worker.collect(problems, config.samples_per_prompt, params)
             seconds["generate_s"] += self.worker.generate_s
             seconds["verify_s"] += self.worker.verify_s
+            drawn += fresh
             useful = [group for group in fresh if is_useful(group)] if self.objective.dynamic_sampling else fresh
             groups = [*groups, *useful][: config.prompts_per_step]
             if len(groups) == config.prompts_per_step:
@@ -222,7 +225,7 @@ class Reinforcement:
         if not any(sample.judged for group in groups for sample in group):
             detail = groups[0][0].judgement.detail or "no reason given"
             raise TaskError(f"step {step}: no answer could be judged ({detail}); mend the verifier or the reward model")
-        return groups, seconds
+        return groups, drawn, seconds
 
     def _questions(self, step: int, data_step: int, attempt: int) -> list[Problem]:
         """Of the task, and behind them open prompts."""
@@ -240,7 +243,8 @@ class Reinforcement:
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "parts", data_step))
         order = torch.randperm(len(groups), generator=generator).tolist()
         parts = [[groups[i] for i in order[k :: config.optimizer_steps]] for k in range(config.optimizer_steps)]
-        batches = [self._pack([sample for group in part for sample in group]) for part in parts if part]
+        packed = (self._pack([sample for group in part for sample in group]) for part in parts if part)
+        batches = [part for part in packed if part]  # of groups that teach nothing there may be nothing to train on
         self._score(batches, check=step == 1)
         stats: list[UpdateStats] = []
         non_finite = None
@@ -269,12 +273,13 @@ class Reinforcement:
                 reference = None if self.reference is None else self.learner.score(batch, self.reference)
                 batch.policy = replace(batch.policy, old=old, reference=reference)
 
-    def _flops(self, groups: Sequence[Group]) -> float:
-        """Work of the step: prompts read once a group, answers drawn, scored by policy and reference, trained on."""
+    def _flops(self, drawn: Sequence[Group], groups: Sequence[Group]) -> float:
+        """Work of the step: prompts read once a group, answers drawn; of `groups` scored by policy and reference, and
+        trained on."""
         shape = self.model.config
         passes = 1 - 1 / self.config.optimizer_steps + (self.reference is not None)  # the first update scores itself
-        total: float = 0.0
-        for group in groups:
+        total, kept = 0.0, set(map(id, groups))
+        for group in drawn:
             prompt = len(group[0].generation.prompt)
             total += prompt * forward_flops_per_token(shape, prompt)
             for sample in group:
@@ -282,7 +287,7 @@ class Reinforcement:
                 total += len(sample.generation.ids) * decode_flops_per_token(shape, length)
                 if sample.open:
                     total += sum(length * forward_flops_per_token(shape, length) for shape in self.judges.shapes)
-                if sample.advantage or self.objective.kl_beta:
+                if id(group) in kept and (sample.advantage or self.objective.kl_beta):
                     trained = training_flops_per_token(shape, length)
                     if self.learner.drafts is not None:  # in the first update
                         both = training_flops_per_token(shape, length, mtp=True)
@@ -356,7 +361,7 @@ def _over_updates(stats: Sequence[UpdateStats]) -> dict[str, float]:
         "loss": sum(each.loss for each in stats) / max(1, len(stats)),
         **means,
         **({"mtp_loss": drafts[0]} if drafts else {}),
-        "grad_norm": max((each.grad_norm for each in stats), default=0.0),
+        "grad_norm": float(torch.tensor([0.0, *(each.grad_norm for each in stats)]).max()),  # Python's loses a NaN
     }
 
 

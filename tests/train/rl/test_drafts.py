@@ -168,3 +168,18 @@ def test_a_whole_stage_trains_them_resumes_exactly_and_leaves_the_policy_alone(
         run("broken")
     broken = run("broken")
     assert all(torch.equal(broken[name], value) for name, value in straight.items())
+
+
+def test_they_are_trained_in_the_first_part_that_teaches_anything(policy: Any, pool: VerifierPool) -> None:
+    config = RLConfig(
+        task_options={"terms": [2, 3], "largest": 5, "non_negative": True}, prompts_per_step=2, optimizer_steps=2,
+        objective="dr_grpo", eval_questions=1, precision="fp32", max_tokens=40,
+    )  # fmt: skip
+    stage = Reinforcement(config, with_modules(policy, 1), policy.tok, policy.task, pool)
+    params = SamplingParams(max_tokens=40, seed=7)
+    group = stage.worker.collect(policy.task.problems("train", 1), 4, params)[0]
+    useful = [dataclasses.replace(sample, advantage=1.0 - 2.0 * (place % 2)) for place, sample in enumerate(group)]
+    flat = [dataclasses.replace(sample, advantage=0.0) for sample in group]
+    for groups in ([useful, flat], [flat, useful]):  # one of them has the flat group in its first part
+        assert stage._learn(groups, 2, 2)["mtp_loss"] > 1.0
+    assert "mtp_loss" not in stage._learn([flat, flat], 2, 2)

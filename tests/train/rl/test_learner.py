@@ -1,6 +1,7 @@
 """Rollouts and learner on a real policy: exactness of the first step, of micro-batches, and of what is left out."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from sputnik.tasks.base import Judgement, Verdict
 from sputnik.tasks.verify import VerifierPool
 from sputnik.text.chat import Completion
 from sputnik.train.health import rollout_metrics
-from sputnik.train.learner import Learner, MicroBatch, pack
+from sputnik.train.learner import Learner, MicroBatch, UpdateStats, pack
 from sputnik.train.losses import OBJECTIVES, Objective
+from sputnik.train.reinforcement import _over_updates
 from sputnik.train.rewards import overlong_penalty
 from sputnik.train.rollout import Group, RolloutWorker, Sample, with_advantages
 
@@ -138,6 +140,13 @@ def test_a_non_finite_gradient_moves_nothing(groups: list[Group], policy) -> Non
     batches[0].policy = dataclasses.replace(batches[0].policy, advantages=torch.full((len(batches[0].ids),), torch.nan))
     assert not learner.update(batches).finite
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+
+
+def test_a_gradient_that_is_no_number_shows_in_the_figures_whichever_update_it_is_in() -> None:
+    sound = UpdateStats(0.1, 10, 0.0, 0.0, 1.0, 0.0, grad_norm=0.5, finite=True)
+    broken = dataclasses.replace(sound, grad_norm=math.nan, finite=False)
+    assert _over_updates([sound, sound])["grad_norm"] == 0.5
+    assert all(math.isnan(_over_updates(stats)["grad_norm"]) for stats in ([sound, broken], [broken, sound]))
 
 
 def test_updates_make_the_rewarded_answers_likelier(groups: list[Group], policy) -> None:

@@ -145,7 +145,13 @@ def test_a_reward_that_never_comes_pauses_the_run_and_the_same_command_goes_on(p
 def test_dynamic_sampling_trains_on_groups_that_differ(policy, tmp_path: Path) -> None:
     settings = {**SMALL, "objective": "dapo", "steps": 3}
     train_rl(RLConfig(**settings), policy.checkpoint, tmp_path / "rl", policy.meter())
-    assert all(line["useful_groups"] == 1.0 for line in read_jsonl(tmp_path / "rl" / "metrics.jsonl")[1:])
+    lines, groups = read_jsonl(tmp_path / "rl" / "metrics.jsonl")[1:], dict[tuple[int, str], list[float]]()
+    for rollout in read_jsonl(tmp_path / "rl" / "rollouts.jsonl"):
+        groups.setdefault((rollout["step"], rollout["problem_id"]), []).append(rollout["advantage"])
+    assert groups and all(any(advantages) for advantages in groups.values())
+    drawn = [sum(line["verdicts"].values()) for line in lines]
+    assert max(drawn) > 16 and min(drawn) >= 16, "the figures tell of the groups that were dropped, too"
+    assert min(line["useful_groups"] for line in lines) < 1 and all(line["useful_groups"] > 0 for line in lines)
 
 
 def test_a_limit_that_cuts_most_answers_is_refused_before_step_one(policy, tmp_path: Path) -> None:
@@ -185,6 +191,8 @@ def test_other_settings_in_the_same_place_are_refused(policy, tmp_path: Path) ->
         ({"optimizer_steps": 9}, "optimizer_steps = 9 parts of prompts_per_step = 4 groups"),
         ({"objective": "ppo"}, "no objective 'ppo'"),
         ({"switches": {"clip": 1.0}}, "did you mean 'clip_"),
+        ({"eval_questions": 0}, "eval_questions = 0: set it above 0"),
+        ({"switches": {"overlong_share": -0.5}}, "overlong_share = -0.5: choose a share"),
         ({"temperature": -1.0}, "temperature = -1.0: set it above 0"),
         ({"on_collapse": "stop"}, "on_collapse = 'stop': choose one of off, warn, pause, rollback"),
         ({"on_collapse": {"action": "rollback", "windows": 5}}, "on_collapse: unknown key 'windows'; did you mean"),
