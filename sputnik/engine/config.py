@@ -10,6 +10,7 @@ from torch import Tensor
 from sputnik.engine.sequence import Work
 from sputnik.errors import ConfigError
 from sputnik.model.config import ModelConfig
+from sputnik.model.memory import available_memory
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class EngineConfig:
     """Keep the experts of every token with its sample, for training to replay; prefixes are not reused then."""
     seed: int = 0
     """Of the requests that bring no seed of their own."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("cache_bytes", 1), ("block_size", 1), ("max_running", 1), ("chunk", 1), ("guesses", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: at least {least}")
 
 
 @dataclass
@@ -68,16 +74,25 @@ class Tables:
         self.array = np.zeros(shape, dtype=np.int32)
 
 
-def cache_blocks(shape: ModelConfig, config: EngineConfig, precision: str) -> int:
-    """How many blocks the cache has."""
-    if config.cache_tokens is not None:
-        if config.cache_tokens < config.block_size:
-            raise ConfigError(f"cache_tokens = {config.cache_tokens}: at least one block of {config.block_size}")
-        return -(-config.cache_tokens // config.block_size)
+def cache_blocks(shape: ModelConfig, config: EngineConfig, precision: str, device: str = "cpu") -> int:
+    """How many blocks the cache has. A ConfigError if this machine has no memory for them; GPUs are not asked."""
     layers = shape.num_hidden_layers + shape.num_nextn_predict_layers
     block = config.block_size * layers * shape.cache_width * (2 if precision == "bf16" else 4)
-    usable = config.max_running * -(-shape.max_position_embeddings // config.block_size)
-    fits = config.cache_bytes // block
-    if fits < 1:
-        raise ConfigError(f"cache_bytes = {config.cache_bytes}: one block of {config.block_size} tokens takes {block}")
-    return min(fits, usable)
+    if config.cache_tokens is None:
+        usable = config.max_running * -(-shape.max_position_embeddings // config.block_size)
+        blocks = min(config.cache_bytes // block, usable)
+        if blocks < 1:
+            raise ConfigError(
+                f"cache_bytes = {config.cache_bytes}: one block of {config.block_size} tokens takes {block}"
+            )
+    else:
+        if config.cache_tokens < config.block_size:
+            raise ConfigError(f"cache_tokens = {config.cache_tokens}: at least one block of {config.block_size}")
+        blocks = -(-config.cache_tokens // config.block_size)
+    free = available_memory() if device == "cpu" else None
+    if free is not None and blocks * block > free:
+        raise ConfigError(
+            f"a cache of {blocks * config.block_size} tokens takes {blocks * block / 1e9:.2f} GB, {free / 1e9:.2f} GB "
+            "of memory are free: lower cache_tokens or cache_bytes"
+        )
+    return blocks

@@ -48,7 +48,7 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.device = model.lm_head.weight.device
         precision = resolve_precision(config.precision)
-        blocks = cache_blocks(model.config, config, precision)
+        blocks = cache_blocks(model.config, config, precision, self.device.type)
         pool = BlockPool(blocks, config.block_size)
         step = max(2048, config.max_running + config.chunk)
         self.scheduler = Scheduler(pool, Limits(step, config.max_running, config.chunk))
@@ -149,6 +149,7 @@ class Engine:
         events = [self._finish(self._samples[sequence.id], "deadline") for sequence in plan.expired]
         self.runner.copy(plan.copies)
         if not plan.works:
+            self.metrics.finished += len(events)
             return events
         batch, wanted = self._flat(plan.works)
         hidden = self.runner.forward(batch)
@@ -315,8 +316,12 @@ class Engine:
             each = self._samples.get(work.sequence.id)
             if each is None or not each.wants_prompt(work.start):
                 continue
-            known = work.sequence.tokens[work.start + 1 : work.start + work.count + 1][: len(place)]
-            logits = self.runner.head(hidden[place.start : place.start + len(known)])
+            done = len(each.prompt_logprobs)
+            known = each.prompt[done + 1 : work.start + work.count + 1]
+            if not known:
+                continue
+            first = place.start + done - work.start
+            logits = self.runner.head(hidden[first : first + len(known)])
             own, top = score(logits, torch.tensor(known, device=self.device), each.params.prompt_logprobs or 0)
             each.prompt_logprobs += own.tolist()
             each.prompt_top += zip(top.ids.tolist(), top.logprobs.tolist(), strict=True)

@@ -22,7 +22,7 @@ class Work:
 
     config: ModelConfig
     weight_bytes: float
-    """Of one weight: 4, 2, 1.0625 (int8) or 0.625 (int4), scales included."""
+    """Of one weight, scales included: `WEIGHT_BYTES`."""
     cache_bytes: int
 
     def bytes(self, steps: Mapping[int, int], context: int) -> float:
@@ -37,7 +37,7 @@ class Work:
         return tokens * decode_flops_per_token(self.config, round(context / max(1, tokens)))
 
 
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 32, "int4": 0.5 + 4 / 32}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1 + 2 / 32, "int4": 0.5 + 4 / 32, "fp8": 1 + 4 / 128**2}
 KEPT = 1024
 """Requests whose waiting times are remembered."""
 
@@ -63,13 +63,13 @@ class Metrics:
         for event in events:
             sample = event.of
             self.drawn_tokens += event.id is not None
-            if sample.first_token is None:
+            if sample.first_token is None and event.id is not None:
                 sample.first_token = now
                 self._ttft.append(now - sample.arrival)
             if event.finish is not None:
                 self.finished += 1
                 self.failed += event.finish == "failed"
-                if len(sample.written) > 1:
+                if len(sample.written) > 1 and sample.first_token is not None:
                     self._tpot.append((now - sample.first_token) / (len(sample.written) - 1))
 
     def read(self) -> dict[str, float]:

@@ -8,8 +8,9 @@ field refuses it (`only`) instead of ignoring it. Left out: server ceilings (an 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from sputnik.errors import ConfigError
@@ -63,6 +64,11 @@ class SamplingParams:
     grammar: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in _kinds().items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                wanted = getattr(kinds, "__name__", kinds)
+                raise ConfigError(f"sampling: {name} = {value!r}: give {wanted}, not {type(value).__name__}")
         for wrong, rule in self._rules():
             if wrong:
                 raise ConfigError(f"sampling: {rule}")
@@ -78,9 +84,15 @@ class SamplingParams:
             yield not -2 <= getattr(self, name) <= 2, f"need -2 <= {name} <= 2, got {getattr(self, name)}"
         penalty = self.repetition_penalty
         yield not 0 < penalty < math.inf, f"repetition_penalty = {penalty}: above 0, where 1 is none"
-        yield not all(-100 <= bias <= 100 for bias in biases), "a logit_bias must lie between -100 and 100"
-        yield any(id < 0 for id in (*self.logit_bias, *self.stop_ids)), "token ids of logit_bias and stop_ids are >= 0"
-        yield isinstance(self.stop, str) or not all(self.stop), "stop: a tuple of texts, none of them empty"
+        ids = (*self.logit_bias, *self.stop_ids)
+        yield not all(isinstance(id, int) and id >= 0 for id in ids), "token ids of logit_bias and stop_ids are >= 0"
+        numbers = all(isinstance(bias, int | float) and -100 <= bias <= 100 for bias in biases)
+        yield not numbers, "a logit_bias must lie between -100 and 100"
+        texts = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        yield (
+            not texts or not all(isinstance(each, str) and each for each in self.stop),
+            "stop: a tuple of texts, none of them empty",
+        )
         yield self.max_tokens < 1, f"need max_tokens >= 1, got {self.max_tokens}"
         least = self.min_tokens
         yield not 0 <= least <= self.max_tokens, f"need 0 <= min_tokens <= max_tokens, got {least}, {self.max_tokens}"
@@ -154,6 +166,15 @@ class SamplingParams:
         default = _fields()[name]
         value = getattr(self, name)
         return bool(value) if default.default is dataclasses.MISSING else value != default.default
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """What each field but `stop` may be an instance of."""
+    plain = {name: each.type for name, each in _fields().items() if each.type not in (float, tuple[str, ...])}
+    floats = {name: int | float for name, each in _fields().items() if each.type is float}
+    special = {"logit_bias": Mapping, "stop_ids": Collection, "schema": str | Mapping | None}
+    return plain | floats | special
 
 
 def _fields() -> dict[str, "dataclasses.Field[Any]"]:

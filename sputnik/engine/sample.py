@@ -138,12 +138,11 @@ class Sample:
             self.control.answer_now()
 
     def wants_prompt(self, start: int) -> bool:
-        """Whether the prompt tokens from `start` on are still to be scored."""
+        """Whether prompt tokens are still to be scored by a piece of work from `start` on."""
         return (
             self.params.prompt_logprobs is not None
             and self.index == 0
-            and start < len(self.prompt) - 1
-            and len(self.prompt_logprobs) == start
+            and start <= len(self.prompt_logprobs) < len(self.prompt) - 1  # below it after a preemption
         )
 
 

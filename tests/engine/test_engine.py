@@ -232,6 +232,51 @@ def test_a_deadline_ends_a_request_wherever_it_is(model: Transformer) -> None:
     now = 6.0
     assert [event.finish for event in engine.step()] == ["deadline", "deadline"]
     assert not engine.busy and engine.scheduler.figures.used_blocks == 0
+    assert engine.metrics.read()["finished"] == 2
+
+
+def test_who_never_got_a_token_has_no_time_to_the_first(model: Transformer) -> None:
+    now = 0.0
+    engine = Engine(model, (EOS,), EngineConfig(cache_tokens=256, max_running=1, precision="fp32"), clock=lambda: now)
+    engine.add(Request([5], SamplingParams(max_tokens=9, ignore_eos=True)))
+    engine.add(Request([6], SamplingParams(max_tokens=9), deadline=5.0))
+    engine.step()
+    now = 6.0
+    assert [event.finish for event in engine.step()] == ["deadline", None]
+    assert engine.metrics.read()["ttft_p99"] == 0.0
+
+
+def test_the_scores_of_a_prompt_survive_its_preemption(model: Transformer) -> None:
+    prompt, params = [3 + n % 90 for n in range(60)], SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=0)
+    whole = make_engine(model).run([Request(prompt, params)])[0][0].prompt_logprobs
+    engine = make_engine(model, chunk=8)
+    other = engine.add(Request([5, 6], SamplingParams(max_tokens=200, ignore_eos=True)))
+    engine.step()
+    each = engine.samples(engine.add(Request(prompt, params)))[0]
+    engine.step()
+    assert 0 < len(each.prompt_logprobs) < 59
+    engine.scheduler.preempt(each.sequence)
+    engine.abort(other)  # its next piece is larger and begins anew
+    while engine.busy:
+        engine.step()
+    assert each.prompt_logprobs == pytest.approx(whole, abs=1e-4)
+
+
+def test_of_a_resumed_answer_the_prompt_alone_is_scored(model: Transformer) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0, prompt_logprobs=0, ignore_eos=True)
+    whole, resumed = make_engine(model).run([Request([5, 9, 7], params), Request([5, 9, 7], params, written=(8, 4))])
+    assert resumed[0].prompt_logprobs == pytest.approx(whole[0].prompt_logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["block_size", "max_running", "chunk", "guesses", "cache_bytes"])
+def test_settings_that_cannot_be_meant_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = -1: at least"):
+        EngineConfig(**{name: -1})
+
+
+def test_a_cache_larger_than_memory_is_refused_with_both_numbers() -> None:
+    with pytest.raises(ConfigError, match=r"10{13} tokens takes \d+.\d+ GB, \d+.\d+ GB .* lower cache_tokens"):
+        make_engine(make_model("gqa"), cache_tokens=10**13)
 
 
 def test_rollouts_follow_the_weights(model: Transformer) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sputnik.engine.gpu_runner import GpuRunner
-from sputnik.engine.runner import FlatBatch, NativeRunner, TorchRunner, make_runner
+from sputnik.engine.metrics import WEIGHT_BYTES
+from sputnik.engine.runner import FORMATS, FlatBatch, NativeRunner, TorchRunner, make_runner
 from sputnik.errors import ConfigError
 from sputnik.model import kernels
 from sputnik.model.config import ModelConfig
@@ -252,3 +253,7 @@ def test_a_product_does_not_depend_on_the_number_of_rows(weights: str) -> None:
 def test_unknown_weight_formats_are_refused() -> None:
     with pytest.raises(ConfigError, match="int8, int4"):
         make_runner(make_model(GQA), 8, 4, weights="int3")
+
+
+def test_all_forms_of_weights_have_a_size() -> None:
+    assert set(WEIGHT_BYTES) == {*FORMATS, "fp8"}
