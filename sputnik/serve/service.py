@@ -159,14 +159,14 @@ class Service:
         if name in self.requests:
             raise Refusal(400, f"request id {name[1]} is in use: send another x-request-id, or none")
         now = time.monotonic()
+        request = Open(work, ticket, now)
         try:
             self.admission.enter(ticket, prompt, answer, samples, now, None if seconds is None else now + seconds)
-        except Full as full:
+            if self.books is not None:
+                self._book(request, self.books, model or self.settings.name, prompt, answer)
+        except (Full, Refusal) as error:
             self.admission.leave(ticket, now)  # at once: whoever is taken from the queue must have a request
-            raise self._refusal(full) from None
-        request = Open(work, ticket, now)
-        if self.books is not None:
-            self._book(request, self.books, model or self.settings.name, prompt, answer)
+            raise self._refusal(error) if isinstance(error, Full) else error from None
         self.requests[name] = self._by_ticket[ticket] = request
         self.pump()
 

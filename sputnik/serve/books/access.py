@@ -15,11 +15,11 @@ from collections.abc import Collection, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import get_args
 
-from sqlalchemy import Connection, Row, func, insert, or_, select, text, update
+from sqlalchemy import Connection, Row, func, insert, select, text, update
 
 from sputnik.errors import ConfigError, DataError
 from sputnik.serve.books.database import Database, Down, name_of, open_database, upgrade
-from sputnik.serve.books.key import digest, id_of, new_key, read_pepper
+from sputnik.serve.books.key import SHOWN, digest, id_of, new_key, read_pepper
 from sputnik.serve.books.ledger import open_account
 from sputnik.serve.books.tables import Account, Fact, Key
 from sputnik.serve.identity import SCOPES, Class, Identity
@@ -72,10 +72,12 @@ def create(connection: Connection, pepper: str, grant: Grant) -> str:
 
 
 def revoke(connection: Connection, which: str) -> str:
-    """By name or by the beginning of its id; the name. DataError if no valid key, or more than one, is called that."""
+    """By name, or by the beginning of its id as it is shown; its name. DataError if that is not one valid key."""
     changed = _next_change(connection)
-    id = Key.id.startswith(which.removeprefix("sk-").removesuffix("..."), autoescape=True)
-    rows = connection.execute(select(Key.id, Key.name).where(or_(Key.name == which, id), Key.revoked.is_(None))).all()
+    valid, start = select(Key.id, Key.name).where(Key.revoked.is_(None)), which.removeprefix("sk-").removesuffix("...")
+    rows = connection.execute(valid.where(Key.name == which)).all()
+    if not rows and len(start) >= SHOWN:  # a shorter one is a name with a typing error
+        rows = connection.execute(valid.where(Key.id.startswith(start, autoescape=True))).all()
     if len(rows) != 1:
         found = "no valid key" if not rows else f"{len(rows)} keys"
         raise DataError(f"{found} {which!r}: `sputnik keys list` shows names and ids")
@@ -164,8 +166,13 @@ class Issued:
         known = self._known.get(id)
         if known is None or not hmac.compare_digest(known.digest, digest(key, self._pepper)):
             return None
-        if known.revoked:
-            raise Refusal(401, "this key has been revoked", code="invalid_api_key")
-        if known.expires is not None and known.expires <= time.time():
-            raise Refusal(401, "this key has expired", code="invalid_api_key")
+        self.check(id)
         return known.identity
+
+    def check(self, id: str) -> None:
+        """Refusal 401: this key of the database holds no more."""
+        known = self._known.get(id)
+        if known is not None and known.revoked:
+            raise Refusal(401, "this key has been revoked", code="invalid_api_key")
+        if known is not None and known.expires is not None and known.expires <= time.time():
+            raise Refusal(401, "this key has expired", code="invalid_api_key")

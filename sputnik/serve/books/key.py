@@ -23,6 +23,8 @@ from sputnik.errors import ConfigError
 
 ALPHABET = string.digits + string.ascii_letters
 ID, SECRET, CHECKSUM = 20, 43, 6
+SHOWN = 6
+"""Characters of its id by which a key is shown."""
 PATTERN = r"sk-[0-9A-Za-z]{69}"
 KEY = re.compile(PATTERN)
 PEPPER = re.compile(r"[0-9a-f]{64}")
@@ -46,7 +48,7 @@ def digest(key: str, pepper: str) -> str:
 
 def shown(id: str) -> str:
     """How a list names a key."""
-    return f"sk-{id[:6]}..."
+    return f"sk-{id[:SHOWN]}..."
 
 
 def state_directory() -> Path:

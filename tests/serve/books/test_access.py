@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 from cryptography.exceptions import InvalidTag
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
+from sputnik.errors import DataError
 from sputnik.serve.books import access, ledger
 from sputnik.serve.books.database import Database
 from sputnik.serve.books.repeats import seal, unseal
 from sputnik.serve.books.tables import Key, Repeat
+from sputnik.serve.fields import ChatMessage, ChatRequest
 from sputnik.serve.identity import PATHS
+from sputnik.serve.refusals import Refusal
 
 CHAT = {"model": "babbler", "messages": [{"role": "user", "content": "What is 1 + 2?"}], "max_tokens": 8}
 
@@ -120,6 +123,50 @@ def test_a_revoked_key_is_refused_within_a_second_by_every_gateway_and_what_ran_
     asyncio.run(run())
     with database.reading() as connection:
         assert connection.execute(select(Key.used).where(Key.name == "late")).scalar(), "when it was last used"
+
+
+def test_who_is_refused_with_the_whole_request_known_is_in_nobodys_way(
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database
+) -> None:
+    """Neither of them may still stand in the queue when the next request starts whoever is first there."""
+    poor, lost = make_key("poor", budget=120), make_key("lost")
+
+    async def run() -> None:
+        async with make_front() as front:
+            service = front.service
+            said = ChatRequest(model="babbler", messages=[ChatMessage("user", "What is 1 + 2?")], max_tokens=1000)
+            identities = {name: front.books.issued.find(key) for name, key in (("poor", poor), ("lost", lost))}
+            tickets = {name: service.knock(identity, 100) for name, identity in identities.items()}
+            with database.writing() as connection:
+                access.revoke(connection, "lost")
+            await front.until(lambda: front.books.issued._known[lost[3:23]].revoked)
+            for name, identity in identities.items():
+                asked, _ = service.asking.chat(said, identity)
+                with pytest.raises(Refusal, match="the budget of this key" if name == "poor" else "been revoked"):
+                    service.open((name, "1"), tickets[name], [asked])
+                service.pump()
+                assert tickets[name].state == "gone" and not service.requests
+            assert service.admission.waiting == service.admission.running == service.admission.tokens == 0
+
+    asyncio.run(run())
+
+
+def test_a_key_is_revoked_by_its_whole_name_or_by_what_is_shown_of_it(
+    make_key: Callable[..., str], database: Database
+) -> None:
+    key = make_key("only")
+    with database.writing() as connection:
+        for which in ("", "sk-", "...", "onl", key[3:8], key[:8]):
+            with pytest.raises(DataError, match="no valid key"):
+                access.revoke(connection, which)
+        namesake = make_key_of(connection, key[3:9])
+        assert access.revoke(connection, key[3:9]) == namesake, "a name before an id"
+        assert access.revoke(connection, f"{key[:9]}...") == "only"
+
+
+def make_key_of(connection: Connection, name: str) -> str:
+    access.create(connection, "5a" * 32, access.Grant(name))
+    return name
 
 
 SLACK = 2.0
