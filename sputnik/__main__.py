@@ -1,18 +1,23 @@
 """The command line: `sputnik VERB ...`, one table from verb to its config class and its main function.
 
 Only the module of the verb that is asked for is imported, so `sputnik --help` needs no torch. The flags of a verb are
-the fields of its config. A `SputnikError` is the user's to mend: one line on stderr, exit code 2. Ctrl-C exits 130. A
-reader of our output who goes away ends us with 141 and without a word, as a shell expects of programs in a pipe.
+the fields of its config, and `sputnik VERB --help` begins with the docstring of its module. A `SputnikError` is the
+user's to mend, and so is a file that the system refuses us: one line on stderr, exit code 2. Ctrl-C exits 130. A reader
+of our output who goes away ends us with 141 and without a word, as a shell expects of programs in a pipe.
 """
 
+import errno
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from sputnik import __version__
 from sputnik.errors import ConfigError, SputnikError
+from sputnik.hardware import cache_directory
 
 VERBS = {
     "quickstart": ("sputnik.cli.quickstart:QuickstartConfig", "train a small V3, teach it to reason, write the report"),
@@ -34,6 +39,17 @@ VERBS = {
     "plan": ("sputnik.cli.plan:PlanConfig", "memory, time and money of a recipe or model before anything runs"),
     "doctor": ("sputnik.cli.doctor:DoctorConfig", "what this machine has, what is missing, how to get it"),
 }
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FIXES: Mapping[int, str] = {
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "name a file, not a directory",
+    errno.ENOTDIR: "name a directory, not a file",
+    errno.EEXIST: "name another place",
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change who may use it, or name another place"),
+    **dict.fromkeys(FULL, "make room and run the same command again"),
+}
+"""What a user can do about a file that the system refuses; of other errors the system's own words have to do."""
 
 
 def overview() -> str:
@@ -61,8 +77,21 @@ def run_verb(verb: str, args: Sequence[str]) -> int:
     module = import_module(module_name)
     import tyro
 
-    config = tyro.cli(getattr(module, config_name), prog=f"sputnik {verb}", description=f"{verb}: {text}", args=args)
+    # examples are indented, so that tyro does not fill them into a paragraph
+    description = re.sub("^sputnik ", "    sputnik ", module.__doc__ or text, flags=re.MULTILINE)
+    config = tyro.cli(getattr(module, config_name), prog=f"sputnik {verb}", description=description, args=args)
     return module.main(config) or 0
+
+
+def refusal(error: OSError) -> str:
+    """What to tell the user of a file or directory that the system refuses us."""
+    named, code, cache = error.filename2 or error.filename, error.errno or 0, cache_directory()
+    fix = FIXES.get(code)
+    if named and code not in (*FULL, errno.EISDIR):
+        path = Path(named)
+        if cache in (path, *path.parents) or path in cache.parents:
+            fix = "set SPUTNIK_CACHE to a directory you may write"
+    return "; ".join(filter(None, (f"{named}: {error.strerror}" if named else error.strerror, fix)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,8 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as in `sputnik doctor | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:  # of a socket, say: nothing that the user named
+            raise
+        if error.filename is None:  # perhaps the disk that our output goes to
+            _discard_output()
+        return _fail(refusal(error))
 
 
 def _answer(args: Sequence[str]) -> int:
@@ -87,11 +122,20 @@ def _answer(args: Sequence[str]) -> int:
     try:
         return run_verb(args[0], args[1:])
     except SputnikError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _discard_output() -> None:
+    """For the flush at exit, which would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(text: str) -> int:
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Errors a user can mend. Each message is one line that names the fix; the command line prints it and exits with 2.
 
-Anything that is not a `SputnikError` is a bug of ours and keeps its traceback.
+So does it with the system's word on a file that cannot be used. Anything else is a bug of ours and keeps its traceback.
 """
 
 
