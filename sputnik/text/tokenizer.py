@@ -96,18 +96,18 @@ class Tokenizer:
             packed = gguf_file(path)
             if packed is not None:
                 return cls(*read_vocabulary(read_header(packed).metadata, packed, frozenset(ADDED) - SPECIAL))
-        try:
-            text = file.read_text(encoding="utf-8")
-            data = json.loads(text)
-        except FileNotFoundError:
-            raise DataError(f"{path}: no tokenizer.json there; give a checkpoint directory or train one") from None
-        except ValueError as error:
-            raise DataError(f"{file}: damaged, copy it again: {error}") from None
-        if data.get("model", {}).get("type") != "BPE" or '"ByteLevel"' not in text:
+        if not file.is_file():
+            raise DataError(f"{path}: no tokenizer.json there; give a checkpoint directory or train one")
+        text, data = _read_object(file)
+        model = data.get("model")
+        if not isinstance(model, dict) or model.get("type") != "BPE" or '"ByteLevel"' not in text:
             raise DataError(f"{file}: not a byte-level BPE; only GPT-2, Llama-3, Qwen or DeepSeek style files are read")
-        full = tokenizers.Tokenizer.from_str(text)
+        try:
+            full = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # noqa: BLE001 - the library raises nothing narrower
+            raise DataError(f"{file}: damaged, copy it again: {error}") from None
         config_file, template = file.with_name("tokenizer_config.json"), file.with_name("chat_template.jinja")
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else _default_config(full)
+        config = _read_object(config_file)[1] if config_file.is_file() else _default_config(full)
         if template.is_file():  # where transformers 5 writes it
             config["chat_template"] = template.read_text(encoding="utf-8")
         return cls(full, config)
@@ -165,7 +165,8 @@ class Tokenizer:
         byte_of = _byte_of_letter()
         table = [b""] * self.vocab_size
         for token, id in self._vocab.items():
-            table[id] = token.encode() if id in self._added else bytes(byte_of[letter] for letter in token)
+            spelled = id in self._added or not byte_of.keys() >= set(token)  # the latter as the library decodes it
+            table[id] = token.encode() if spelled else bytes(byte_of[letter] for letter in token)
         return table
 
     @cached_property
@@ -187,7 +188,7 @@ class Tokenizer:
         """The Jinja text that came with the tokenizer; of several the one called "default"."""
         found = self._config.get("chat_template")
         if isinstance(found, list):
-            found = {each["name"]: each["template"] for each in found}.get("default")
+            found = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}.get("default")
         return found if isinstance(found, str) else None
 
     @property
@@ -260,6 +261,20 @@ class Tokenizer:
         return self.control_id(FIM_END)
 
 
+def _read_object(file: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a JSON file and the object it is."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{file}: damaged, copy it again: {error}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{file}: damaged, copy it again: it holds no JSON object")
+    return text, data
+
+
 def _append_control_tokens(full: tokenizers.Tokenizer) -> None:
     for name in ADDED:
         token = AddedToken(name, normalized=True, special=name in SPECIAL)
@@ -305,7 +320,7 @@ def _byte_of_letter() -> dict[str, int]:
 
 def _name_of(token: Any) -> str:
     """Name of a token in `tokenizer_config.json`, where it is a string, an object or null."""
-    return str(token["content"] if isinstance(token, dict) else token)
+    return str(token.get("content") if isinstance(token, dict) else token)
 
 
 def _default_config(full: tokenizers.Tokenizer) -> dict[str, Any]:

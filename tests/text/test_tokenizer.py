@@ -122,6 +122,34 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("tokenizer.json", "[]", "no JSON object"),
+        ("tokenizer.json", '{"model": []}', "not a byte-level BPE"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}, "decoder": {"type": "ByteLevel"}}', "damaged, copy it again: M"),
+        ("tokenizer_config.json", '{"bos_token": ', "damaged, copy it again: E"),
+        ("tokenizer_config.json", "[]", "no JSON object"),
+    ],
+)
+def test_a_damaged_file_is_one_line_with_its_name(
+    tok: Tokenizer, tmp_path: Path, file: str, text: str, message: str
+) -> None:
+    tok.save(tmp_path)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(DataError, match=f"{file}: {message}|{file}: damaged, copy it again: it holds {message}"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_token_that_is_no_letters_of_bytes_decodes_as_the_library_does() -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    full = tokenizers.Tokenizer(models.BPE({letter: id for id, letter in enumerate([*letters, "[PAD] 你"])}, []))
+    full.pre_tokenizer, full.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    loaded = Tokenizer(full, {})
+    ids = [*loaded.encode("né"), 256]
+    assert loaded.decode(ids) == full.decode(ids) == "né[PAD] 你"
+
+
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
     """A tokenizer like SmolLM2's: other names, ASCII control tokens inside the vocabulary, padding equal to the end."""
