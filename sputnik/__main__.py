@@ -46,8 +46,11 @@ FIXES: Mapping[int, str] = {
     errno.EISDIR: "name a file, not a directory",
     errno.ENOTDIR: "name a directory, not a file",
     errno.EEXIST: "name another place",
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "change who may use it, or name another place"),
-    **dict.fromkeys(FULL, "make room and run the same command again"),
+    errno.EACCES: "change who may use it, or name another place",
+    errno.EPERM: "change who may use it, or name another place",
+    errno.EROFS: "name another place",
+    errno.ENOSPC: "make room and run the same command again",
+    errno.EDQUOT: "make room and run the same command again",
 }
 """What a user can do about a file that the system refuses; of other errors the system's own words have to do."""
 
