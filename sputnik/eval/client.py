@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -109,10 +110,12 @@ class Refused(Exception):
 
 class Endpoint:
     def __init__(self, url: str, config: EndpointConfig, params: SamplingParams) -> None:
-        """ConfigError if the server cannot be reached when it has to name its model, or the key is missing."""
+        """ConfigError if the URL is none, the key is missing, or no server is there when it has to name its model."""
         params.only({"temperature", "top_p", "max_tokens", "seed"}, "a model behind a URL")
         self.config, self.params = config, params
         self.url = url.rstrip("/").removesuffix(CHAT)
+        if not _is_url(self.url):
+            raise ConfigError(f"{url!r} is no address of a server; write http://HOST:PORT/v1, or https://...")
         self._counts: Counter[str] = Counter()
         self._answered = False
         key = os.environ.get(config.key_env, "")
@@ -263,6 +266,14 @@ def retry_after(headers: Any) -> float:
     except (ValueError, TypeError):
         return 0.0
     return min(max(seconds, 0.0), LONGEST_WAIT_S)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of brackets or a port that cannot be
+        return False
 
 
 async def _end(client: Any, pending: set[Any]) -> None:

@@ -6,7 +6,8 @@
 
 `key` is a hash of all that an answer depends on beside its question; a file with another key is refused. More samples
 and more questions are no other key, so a file can grow. A request that failed is written, too, and asked again by the
-next run. At the end the lines stand in the order of questions and samples.
+next run; so is a question whose wording or gold answer is not what it was. At the end the lines stand in the order of
+questions and samples.
 """
 
 import fcntl
@@ -77,8 +78,7 @@ class Book:
     def missing(self, problems: Sequence[Problem], k: int) -> list[Question]:
         asked = []
         for problem in problems:
-            places = [(problem.id, sample) for sample in range(k)]
-            open_ones = tuple(place[1] for place in places if self._open(place))
+            open_ones = tuple(sample for sample in range(k) if self._open(problem, sample))
             if open_ones:
                 asked.append(Question(problem, open_ones))
         return asked
@@ -109,9 +109,11 @@ class Book:
         if content != self._path.read_bytes():
             write_whole(self._path, content)
 
-    def _open(self, place: tuple[str, int]) -> bool:
-        record = self._found.get(place)
-        return record is None or record.finish == FAILED
+    def _open(self, problem: Problem, sample: int) -> bool:
+        record = self._found.get((problem.id, sample))
+        if record is None or record.finish == FAILED:
+            return True
+        return (record.prompt, record.gold) != (problem.prompt, problem.gold)
 
     def _read(self, path: Path, file: BinaryIO) -> None:
         """A line that was being written when a run was killed is cut off."""

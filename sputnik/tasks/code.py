@@ -243,7 +243,7 @@ class CodeFile(Code):
         if self.file == HUMANEVAL:
             return [humaneval_problem(json.loads(line)) for line in humaneval_lines()]
         try:
-            lines = Path(self.file).read_text(encoding="utf-8").splitlines()
+            lines = Path(self.file).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.file}: cannot be read: {error}") from None
         found = [read_problem(line, f"{self.file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

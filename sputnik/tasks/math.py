@@ -78,7 +78,7 @@ class MathFile(Task):
     @cached_property
     def _problems(self) -> list[Problem]:
         try:
-            lines = Path(self.file).read_text(encoding="utf-8").splitlines()
+            lines = Path(self.file).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.file}: cannot be read: {error}") from None
         found = [_problem(line, f"{self.file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

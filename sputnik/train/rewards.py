@@ -23,6 +23,7 @@ from sputnik.errors import CheckpointError, ConfigError, DataError
 from sputnik.eval.harness import Answer
 from sputnik.model.config import ModelConfig
 from sputnik.tasks.base import Problem, hash_of
+from sputnik.text.preferences import conversation
 from sputnik.text.quality import language_share
 from sputnik.text.tokenizer import Tokenizer
 from sputnik.train.examples import read_records
@@ -110,9 +111,7 @@ def read_prompts(files: Sequence[Path]) -> list[OpenPrompt]:
 
 
 def _open_prompt(record: Mapping[str, Any]) -> OpenPrompt:
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError('"prompt" is missing or empty')
+    prompt = conversation({"prompt": record.get("prompt")})[0]["content"]
     meta = {"kind": str(record["kind"])} if "kind" in record else {}
     return OpenPrompt(prompt=prompt, meta=meta, id=f"{hash_of(prompt):016x}")
 

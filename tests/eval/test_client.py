@@ -256,6 +256,9 @@ def test_what_no_retry_mends_ends_the_run_at_once(
             list(Endpoint(url, replace(mine, retries=1), PARAMS).ask([Question(problems[0], (0,))], 1))
         with pytest.raises(ConfigError, match=r"cannot be reached .*is the server up\?"):
             Endpoint(url, QUICK, PARAMS)
+    for url in ("localhost:8000/v1", "api.example.com/v1", "ftp://host/v1", "http://[::1", "http://host:99999/v1", ""):
+        with pytest.raises(ConfigError, match="is no address of a server; write http://HOST:PORT/v1"):
+            Endpoint(url, mine, PARAMS)
 
 
 def test_the_only_model_of_a_server_needs_no_name(server: Server) -> None:

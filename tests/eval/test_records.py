@@ -68,6 +68,17 @@ def test_failed_requests_are_asked_again_and_the_last_word_counts(tmp_path: Path
     assert [(line["sample"], line["finish"]) for line in lines] == [(0, "stop"), (1, "stop")]
 
 
+def test_a_question_with_another_wording_or_gold_answer_is_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "book.jsonl"
+    fill(path, [(0, 0), (1, 0), (2, 0)])
+    mended = [replace(PROBLEMS[0], gold="11"), replace(PROBLEMS[1], prompt="Thrice 3?"), PROBLEMS[2]]
+    with open_book(path, "k") as book:
+        assert [q.problem for q in book.missing(mended, 1)] == mended[:2]
+        book.add([record(problem, 0) for problem in mended[:2]])
+    with open_book(path, "k") as book:
+        assert book.missing(mended, 1) == [] and [group[0].gold for group in book.of(mended, 1)] == ["11", "6", "18"]
+
+
 def test_the_end_is_in_the_order_of_the_questions_whatever_came_first(tmp_path: Path) -> None:
     one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     places = [(problem, sample) for problem in range(3) for sample in range(2)]

@@ -67,6 +67,12 @@ def test_the_file_passes_the_self_check_and_splits_by_question(file: Path) -> No
         task.problems("test", 999)
 
 
+def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
+    path, prompt = tmp_path / "one.jsonl", "What is\u2028 1\x85+ 1?"
+    path.write_text(json.dumps({"prompt": prompt, "answer": 2}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [p.prompt for p in load_task(f"math:{path}", {"benchmark": True}).problems("test", 1)] == [prompt]
+
+
 def test_a_benchmark_is_all_test(file: Path) -> None:
     task = load_task(f"math:{file}", {"benchmark": True})
     assert len(task.problems("test", len(GOLDS) * 8)) == len(GOLDS) * 8

@@ -31,6 +31,8 @@ FINISHED, RAISED, NOT_PYTHON = 0, 1, 65  # how a program's process ends
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LOOK_MS = 50
 ANSWER_BYTES = 16 << 20  # of one answer to a call of the tests; more is no answer
+STOPS = (StopIteration, StopAsyncIteration)
+"""What a loop takes for its end: `all(map(test, cases))` would be over, and true, at the first case."""
 SMALL = 1 << 63  # integers beyond this travel as hexadecimal: decimal has a limit of 4,300 digits, and takes long
 COMMON = "bisect collections copy functools heapq itertools math operator random re string typing"
 
@@ -280,7 +282,7 @@ class Questioner:
         if "value" in reply:
             return unpack(reply["value"])
         kind = getattr(builtins, str(reply.get("raised")), None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
+        if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, STOPS):
             raise kind(reply.get("text", ""))
         raise RuntimeError(f"the program raised {reply.get('raised')}")
 

@@ -164,7 +164,11 @@ def test_prompt_files_are_read_once_each_and_mistakes_have_their_line(tmp_path: 
     prompts = read_prompts([good, good])
     assert [(p.prompt, p.meta) for p in prompts] == [("Hi", {"kind": "chat"}), ("Bye", {})]
     assert len({p.id for p in prompts}) == 2
-    for line, message in (("{", "bad.jsonl:2: not JSON"), ('{"prompt": " "}', 'bad.jsonl:2: "prompt" is missing or')):
+    for line, message in (
+        ("{", "bad.jsonl:2: not JSON"),
+        ('{"prompt": " "}', 'bad.jsonl:2: "prompt" must be a text that is not empty'),
+        ('{"prompt": "\\ud800"}', 'bad.jsonl:2: "prompt" holds half of a surrogate pair'),
+    ):
         bad.write_text('{"prompt": "Hi"}\n' + line + "\n")
         with pytest.raises(DataError, match=message):
             read_prompts([bad])
