@@ -16,16 +16,18 @@ esac
 
 say() { echo "setup: $*"; }
 
-# Make a virtual environment; Debian's bare python3 has no ensurepip, which its python3-venv package brings.
+# Make a virtual environment, or finish a half-made one; Debian's bare python3 has no ensurepip, which its python3-venv
+# package brings.
 make_venv() {
-  "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  local python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { echo "setup: Python 3.11 or newer is needed; name one with make PYTHON=..." >&2; exit 2; }
-  if ! "${PYTHON:-python3}" -m venv .venv 2>/dev/null; then
-    [ "$(id -u)" = 0 ] || { echo "setup: python3 cannot make environments: sudo apt-get install python3-venv" >&2; exit 2; }
+  if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+    [ "$(id -u)" = 0 ] || { echo "setup: $python cannot make environments: sudo apt-get install python3-venv" >&2; exit 2; }
     say "installing python3-venv"
     apt-get -qq update && apt-get -qq install -y --no-install-recommends python3-venv >/dev/null
-    "${PYTHON:-python3}" -m venv .venv
   fi
+  "$python" -m venv .venv
 }
 
 # pip says nothing but what it downloads and what it installs.
@@ -35,10 +37,10 @@ pip_install() {
 }
 
 start=$(date +%s)
-[ -x .venv/bin/python ] || { say "making .venv"; make_venv; }
+.venv/bin/python -m pip --version >/dev/null 2>&1 || { say "making .venv"; make_venv; }
 
-if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
-  torch=$(grep '^torch==' constraints.txt)
+torch=$(grep '^torch==' constraints.txt)
+if ! .venv/bin/python -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "${torch#*==}" 2>/dev/null; then
   say "$torch, CPU build"
   if [ -n "${TORCH_INDEX:-}" ]; then pip_install --index-url "$TORCH_INDEX" "$torch"; else pip_install "$torch"; fi
 fi
