@@ -9,6 +9,7 @@ that thinking cannot use them all up; effort low thinks for a quarter at most, m
 """
 
 import hashlib
+import itertools
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ class Asking:
         *before, last = messages
         if any(message.prefix for message in before) or (last.prefix and last.role != "assistant"):
             raise Refusal(400, "prefix is for the last message, an assistant's", param="messages")
-        spoken = [_plain(message) for message in (before if last.prefix else messages)]
+        spoken = [_plain(message) for message in _in_order(before if last.prefix else messages)]
         self._check_size(sum(len(each["content"]) for each in spoken), "messages")
         if not last.prefix and last.role == "assistant":
             raise Refusal(400, 'the last message is the assistant\'s: give it "prefix": true to go on from it')
@@ -289,6 +290,16 @@ class Asking:
         except ConfigError as error:
             raise Refusal(400, str(error).removeprefix("sampling: ")) from None
         return params
+
+
+def _in_order(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Results of tools in the order of the calls that they answer: the model is shown no ids."""
+    found, places = list[ChatMessage](), dict[str | None, int]()
+    for results, group in itertools.groupby(messages, lambda message: message.role == "tool"):
+        run = list(group)
+        found += sorted(run, key=lambda each: places.get(each.tool_call_id, len(places))) if results else run
+        places = {call.id: place for place, call in enumerate(run[-1].tool_calls or ())}
+    return found
 
 
 def _plain(message: ChatMessage) -> dict[str, Any]:

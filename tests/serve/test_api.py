@@ -160,6 +160,18 @@ def test_a_conversation_takes_thoughts_and_calls_of_earlier_turns(server: Any) -
     assert ask(server, messages=again, tools=[TOOL]).usage.prompt_tokens > reply.usage.prompt_tokens
 
 
+def test_results_of_tools_stand_in_the_order_of_their_calls(server: Any) -> None:
+    calls = [{"id": id, "function": {"name": "add", "arguments": '{"a": 1}'}} for id in ("one", "two", "three")]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": call["id"]} for call in calls]
+    asked = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": calls}]
+
+    def tokens(*order: int) -> Any:
+        return fetch(server, "/tokenize", {"messages": [*asked, *[results[place] for place in order]]})[1]["tokens"]
+
+    assert tokens(0, 1, 2) == tokens(2, 0, 1)
+    assert tokens(0, 2) == tokens(2, 0)
+
+
 def test_an_answer_goes_on_from_its_prefix(server: Any, llm: LLM) -> None:
     reply = ask(
         server, messages=[*QUESTION, {"role": "assistant", "content": "The answer", "prefix": True}], temperature=0,

@@ -161,8 +161,10 @@ class Books:
     def open(
         self, identity: Identity, model: str, prompt: int, answer: int, work: Work, booked: Callable[[], None]
     ) -> Tab:
-        """Reserve what so many tokens of prompt and at most of answer may cost. Refusal 402: more than is left."""
+        """Reserve what so many tokens of prompt and at most of answer may cost. Refusal 402: more than is left; 401:
+        the key was revoked while the request was read."""
         now, account = time.time(), identity.id
+        self.issued.check(account)
         price = self.prices.price(model, now)
         amount, left = price.most(prompt, answer), self._left(account)
         if left is not None and amount > left:
@@ -186,8 +188,9 @@ class Books:
     def _reserved(self, tab: Tab, future: "Future[Purse | None]") -> None:
         self._under_way[tab.account] -= tab.amount
         error = future.exception()
-        if isinstance(error, Down):
-            tab.work.fail(refusal(error))
+        if error is not None:  # what is no fault of the database's is one of ours, and the clerk has told of it
+            ours = Refusal(500, "an error of ours; it is in the log", retry=False)
+            tab.work.fail(refusal(error) if isinstance(error, Down) else ours)
             return
         purse = future.result()
         if purse is None:
@@ -260,7 +263,7 @@ class Books:
 
 def tokens_of(tally: Tally) -> Tokens:
     """What is paid for: nothing before the first token has come."""
-    if tally.first is None:
+    if tally.first is None and not tally.written:  # of an answer that came whole nobody knows when it began
         return Tokens()
     hit = tally.cached or 0
     return Tokens(hit, tally.prompt - hit, tally.written, tally.thought)

@@ -20,6 +20,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 import msgspec
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from sqlalchemy import Connection, delete, select, update
 
@@ -58,7 +59,7 @@ class Repeats:
             if self._books is None:
                 raise Refusal(400, "nothing is kept here: leave out idempotency-key", param="idempotency-key")
             credential = headers.get(b"authorization", headers.get(b"x-api-key", b""))
-            entry = _Entry(self._books, call, scope["path"], key, credential)
+            entry = _Entry(self._books, call, scope["path"], key, credential.rpartition(b" ")[2])
             found = await entry.claim()
         except Refusal as refusal:
             await refuse(send, refusal, scope["path"], call.id)
@@ -70,7 +71,8 @@ class Repeats:
         copy, kept = _Copy(send), False
         try:
             await self._app(scope, receive, copy)
-            if copy.whole and (call.ticket is None or call.ticket.whole):
+            under_way = call.ticket is not None and call.ticket.state != "gone"  # in the background: this was its reply
+            if copy.whole and (call.ticket is None or call.ticket.whole or under_way):
                 kept = await entry.keep(Kept(copy.headers, b"".join(copy.parts)))
         finally:
             if not kept:
@@ -127,7 +129,12 @@ class _Entry:
         if answer is None:
             text = "the request of this idempotency-key is under way"
             raise Refusal(409, text, code="request_in_progress", retry_after=1)
-        kept = msgspec.msgpack.decode(zlib.decompress(unseal(answer, self._secret)), type=Kept)
+        try:
+            opened = unseal(answer, self._secret)
+        except InvalidTag:  # where no key is asked for, all have the same identity
+            text = "this idempotency-key was sent with another API key: choose a new one"
+            raise Refusal(422, text, retry=False) from None
+        kept = msgspec.msgpack.decode(zlib.decompress(opened), type=Kept)
         kept.headers.append((b"idempotent-replayed", b"true"))
         return kept
 

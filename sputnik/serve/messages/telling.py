@@ -20,7 +20,8 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.telling import Head, Spoken
 
 REASONS: Mapping[str, str] = {
-    "length": "max_tokens", "length while thinking": "max_tokens", "loop": "max_tokens", "content_filter": "refusal",
+    "length": "max_tokens", "length while thinking": "max_tokens", "loop": "max_tokens", "deadline": "max_tokens",
+    "content_filter": "refusal",
 }  # fmt: skip
 PATH = "/messages"
 

@@ -19,6 +19,8 @@ from sputnik.serve.refusals import Refusal
 
 Kind = Literal["chat", "text"]
 BYTES_PER_TOKEN = 4
+PROMPTS, ANSWERS = 16, 32
+"""At most, of one request."""
 USUAL = 1024
 """Tokens an answer is taken to have at most, of requests that do not say."""
 PREFIX = 2048
@@ -55,15 +57,19 @@ def wish_of(fields: dict[str, Any], kind: Kind) -> Wish:
     if not isinstance(said, list if kind == "chat" else list | str) or not said:
         raise Refusal(400, f"{name} is missing or empty", code="invalid_value", param=name)
     model = fields.get("model")
-    if not isinstance(model, str) or not model:
+    if not isinstance(model, str) or not 0 < len(model) <= 200:
         raise Refusal(400, "model: a name, see /v1/models", code="invalid_value", param="model")
     stream, options = fields.get("stream"), fields.get("stream_options")
     if stream is not None and not isinstance(stream, bool):
         raise Refusal(400, "stream: true or false", code="invalid_value", param="stream")
     if options is not None and not (isinstance(options, dict) and stream):
         raise Refusal(400, "stream_options: an object, for streams alone", param="stream_options")
-    samples = _count(fields, "n", 8) or 1
-    most = _count(fields, "max_completion_tokens", 1 << 24) or _count(fields, "max_tokens", 1 << 24) or USUAL
+    prompts, n = 1 if kind == "chat" else _prompts(said), _count(fields, "n", 8) or 1
+    written = prompts * max(n, _count(fields, "best_of", 8) or 1)
+    if written > ANSWERS:
+        raise Refusal(400, f"at most {ANSWERS} answers to one request: send fewer prompts or a lower n", param="n")
+    limits = [_count(fields, name, 1 << 24) for name in ("max_completion_tokens", "max_tokens")]
+    most = max(filter(None, limits), default=USUAL)
     wanted = dict(fields)
     if stream:
         wanted["stream_options"] = (options or {}) | {"include_usage": True}
@@ -72,7 +78,16 @@ def wish_of(fields: dict[str, Any], kind: Kind) -> Wish:
     text, beginning = msgspec.json.encode(said), msgspec.json.encode(_beginning(said))
     usage = bool(options and options.get("include_usage"))
     prompt = len(text) // BYTES_PER_TOKEN
-    return Wish(wanted, model, bool(stream), usage, samples, most * samples, prompt, beginning[:PREFIX])
+    return Wish(wanted, model, bool(stream), usage, prompts * n, most * written, prompt, beginning[:PREFIX])
+
+
+def _prompts(said: str | list[Any]) -> int:
+    """Each is answered by itself; a list of ids is one."""
+    if isinstance(said, str) or isinstance(said[0], int):
+        return 1
+    if len(said) > PROMPTS:
+        raise Refusal(400, f"prompt: at most {PROMPTS} in one request", code="invalid_value", param="prompt")
+    return len(said)
 
 
 def _beginning(said: Any) -> Any:

@@ -195,6 +195,8 @@ def test_the_same_request_again_is_answered_from_what_is_kept(
             assert (await front.post("/chat/completions", CHAT, key, once["headers"])).status == 422, "another route"
             theirs = await front.ask(other_key, **once)
             assert theirs.status == 200 and "idempotent-replayed" not in theirs.headers, "each key has its own"
+            bare = await front.ask(key, headers={"authorization": key} | once["headers"])
+            assert bare.body == whole.body, "the same key, sent in another way"
             bad = await front.ask(key, headers={"idempotency-key": "x" * 256})
             assert bad.status == 400 and bad.json["error"]["param"] == "idempotency-key"
 
@@ -224,6 +226,9 @@ def test_whole_streams_are_kept_and_broken_ones_are_not(
                     await asyncio.sleep(0.01)
                 assert answer.status == 200 and "idempotent-replayed" not in answer.headers
                 cut["headers"] = {"idempotency-key": "failed"}
+            body = {"model": "babbler", "input": "What is 1 + 2?", "max_output_tokens": 50, "background": True}
+            sent = [await front.post("/v1/responses", body, key, {"idempotency-key": "background"}) for _ in range(2)]
+            assert sent[0].body == sent[1].body and sent[0].json["status"] == "queued", "it runs, and runs once"
             refused = await front.ask(key, max_tokens=99_999, headers={"idempotency-key": "refused"})
             assert refused.status == 400
             assert (await front.ask(key, headers={"idempotency-key": "refused"})).status == 200

@@ -1,5 +1,6 @@
 """The parts of the way to an upstream: who is trusted, bytes to events, what is read and completed, flags."""
 
+import asyncio
 import random
 from typing import Any
 
@@ -7,10 +8,15 @@ import pytest
 
 from sputnik.cli.serve import ServeConfig
 from sputnik.errors import ConfigError
+from sputnik.serve.books.books import tokens_of
+from sputnik.serve.books.prices import Tokens
 from sputnik.serve.refusals import Refusal
+from sputnik.serve.settings import UpstreamSettings
 from sputnik.serve.upstreams.breaker import Breaker, Rules
 from sputnik.serve.upstreams.events import LONGEST, Events
-from sputnik.serve.upstreams.plain import completed, read
+from sputnik.serve.upstreams.fleet import Fleet
+from sputnik.serve.upstreams.forward import Forward
+from sputnik.serve.upstreams.plain import completed, read, wish_of
 
 
 def test_a_replica_falls_and_rises_with_hysteresis() -> None:
@@ -89,8 +95,31 @@ def test_usage_never_makes_up_a_cache() -> None:
 def test_a_wish_is_guessed_by_its_length_and_its_limits() -> None:
     wish = read(b'{"model": "m", "messages": [{"role": "user", "content": "' + b"x" * 400 + b'"}], "n": 2}', "chat")
     assert wish.samples == 2 and wish.answer == 2 * 1024 and 100 <= wish.prompt <= 115
+    several = read(b'{"model": "m", "prompt": ["x", "y", "z"], "n": 2, "best_of": 4, "max_tokens": 10}', "text")
+    assert several.samples == 6 and several.answer == 3 * 4 * 10, "each prompt is answered"
+    ids = read(b'{"model": "m", "prompt": [1, 2, 3], "max_tokens": 9, "max_completion_tokens": 5}', "text")
+    assert ids.samples == 1 and ids.answer == 9
+    for body in (b'"prompt": [%s"x"]' % (b'"x", ' * 16), b'"prompt": ["x", "x", "x", "x", "x"], "n": 8'):
+        with pytest.raises(Refusal, match="at most"):
+            read(b'{"model": "m", %s}' % body, "text")
     with pytest.raises(Refusal, match="stream_options"):
         read(b'{"model": "m", "prompt": "x", "stream_options": {}}', "text")
+
+
+def test_whole_and_streamed_answers_cost_the_same(fakes: list[Any]) -> None:
+    async def run(stream: bool) -> Tokens:
+        fleet = Fleet(UpstreamSettings([fakes[0].url], []), lambda slots: None, lambda tokens: None)
+        fleet.replicas[0].models = {"inner": {}}
+        fleet.replicas[0].breaker.worked("probe", 0)
+        body = {"model": "inner", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+        forward = Forward(fleet, "/chat/completions", wish_of(body, "chat"), None)
+        forward.start()
+        while await forward.more():
+            continue
+        await fleet._client.aclose()
+        return tokens_of(forward.tally())
+
+    assert asyncio.run(run(False)) == asyncio.run(run(True)) == Tokens(hit=4, miss=3, output=3)
 
 
 @pytest.mark.parametrize(
