@@ -104,9 +104,9 @@ class Run:
     @property
     def base(self) -> Stage | None:
         """The model that R1-Zero started from, or the last pre-trained one."""
-        models = self.of_kind("pretrain")
+        models = self.of_kind("pretrain", "pretrained")
         named = [stage for stage in models if self.zero and self.zero.parent == stage.name]
-        return next(reversed(named or models), None)
+        return next(reversed(named or self.of_kind("pretrain") or models), None)
 
     def evaluations(self, model: Stage | None) -> list[Stage]:
         """The stages that hold an eval.json of `model`: itself, and evaluation stages built on it."""
@@ -129,10 +129,8 @@ class Run:
                 gaps.append(f"{stage.name}/metrics.jsonl")
             if stage in (self.base, self.zero) and stage.name not in planned and stage.evaluation is None:
                 gaps.append(f"an evaluation of {stage.name}")
-        for kind, words in (("pretrain", "a base model"), ("rl", "a reinforcement learning stage")):
-            if not self.of_kind(kind):
-                gaps.append(words)
-        return gaps
+        wanted = {"a base model": self.base, "a reinforcement learning stage": self.zero}
+        return gaps + [words for words, stage in wanted.items() if stage is None]
 
 
 def read_run(path: Path) -> Run:
@@ -158,7 +156,7 @@ def _records(recipe: Mapping[str, Any], lineage: Mapping[str, Any]) -> list[Mapp
     recorded = {record.get("name"): record for record in lineage.get("stages") or []}
     planned: dict[Any, Mapping[str, Any]] = {}
     for stage in recipe.get("stage") or []:
-        parent = stage.get("parent") or next(reversed(planned), None)
+        parent = stage.get("parent", next(reversed(planned), None)) or None  # "" says that it has none
         name, unknown = stage.get("name"), "unknown" if not lineage else "not started"
         planned[name] = {"name": name, "kind": stage.get("kind"), "parent": parent, "status": unknown}
     return list({**planned, **recorded}.values())

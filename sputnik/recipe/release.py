@@ -69,8 +69,7 @@ def release(
     facts. ConfigError if the stage has no model or no evaluation, or the weights are larger than `most_mb`."""
     run = read_run(path)
     model = _model(run, stage)
-    settings = from_dict(EvalConfig, dict(run.evaluations(model)[0].record["settings"]), f"{path}/lineage.json")
-    settings = dataclasses.replace(settings, scaling=False, budgets=())
+    settings = settings_of(run.evaluations(model)[0])
     checkpoint = model.path / "checkpoint"
     weights = open_weights(checkpoint)
     if out.exists() and not (out / "card.json").is_file():
@@ -97,6 +96,13 @@ def _model(run: Run, name: str | None) -> Stage:
         known = ", ".join(stage.name for stage in scored) or "none yet"
         raise ConfigError(f"{run.path}: no evaluated model {name or ''}; evaluated: {known}".replace("  ", " "))
     return found[-1]
+
+
+def settings_of(evaluation: Stage) -> EvalConfig:
+    """How it was taken, without scaling. The lineage holds the hashes of files, too, which are no settings."""
+    kept = {key: value for key, value in evaluation.record["settings"].items() if not key.startswith("file ")}
+    settings = from_dict(EvalConfig, kept, f"{evaluation.path}: its settings in the lineage")
+    return dataclasses.replace(settings, scaling=False, budgets=())
 
 
 def _facts(run: Run, model: Stage, config: ModelConfig, words: Words, result: EvalResult) -> Facts:

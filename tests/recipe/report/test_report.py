@@ -253,6 +253,18 @@ def test_a_run_in_progress_says_what_is_missing(bare: Path, edit_json: Edit) -> 
     assert "stage zero: running" in text and "R1-Zero has not been evaluated yet." in text
 
 
+def test_a_model_of_other_makers_is_a_base_model(bare: Path, edit_json: Edit) -> None:
+    before = facts(write_report(bare))
+
+    def adopt(lineage: dict[str, Any]) -> None:
+        next(stage for stage in lineage["stages"] if stage["kind"] == "pretrain")["kind"] = "pretrained"
+
+    edit_json(bare / "lineage.json", adopt)
+    after = facts(write_report(bare))
+    assert after["headline"] == before["headline"] and after["gain"] == before["gain"] is not None
+    assert "a base model" not in after["missing"]
+
+
 def test_an_empty_directory_gets_a_report(tmp_path: Path) -> None:
     paths = write_report(tmp_path)
     assert facts(paths)["headline"] == dict.fromkeys(("base_pass_at_1", "zero_pass_at_1", "seconds", "price_usd"))
