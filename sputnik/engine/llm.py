@@ -66,9 +66,8 @@ class LLM:
         auto = "chat" if self.tok.has_dialogue else "own"
         self.template = auto if template == "auto" else template
         self.thought = ThoughtTokens.of(self.tok) if self.tok.has_thoughts else None
-        ends = {self.tok.eos_id, loaded.config.eos_token_id}
         config = from_dict(EngineConfig, engine, "LLM")
-        self.engine = Engine(loaded, [id for id in ends if id is not None], config)
+        self.engine = Engine(loaded, sorted({self.tok.eos_id, *loaded.config.end_ids}), config)
         self.engine.runner.release()
         self.context = loaded.config.max_position_embeddings
         """Tokens that prompt and answer may have together."""

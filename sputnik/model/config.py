@@ -79,7 +79,7 @@ class ModelConfig:
     # The V3 report trains with 0.006; the published config.json says 0.02, which is only transformers' default.
     initializer_range: float = 0.006
     bos_token_id: int | None = 0
-    eos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 1  # Llama 3 has several
     pad_token_id: int | None = 2
 
     def __post_init__(self) -> None:
@@ -110,6 +110,12 @@ class ModelConfig:
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.num_key_value_heads * self.gqa_head_dim
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        ends = self.eos_token_id
+        return ends if isinstance(ends, tuple) else () if ends is None else (ends,)
+
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_routed_experts is not None and layer >= self.first_k_dense_replace
 
@@ -134,10 +140,7 @@ class ModelConfig:
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
         values["rope_theta"], values["rope_scaling"] = _read_rope(config)
         values["initializer_range"] = config.get("initializer_range", 0.02)
-        eos = config.get("eos_token_id")
-        values["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
-        values["bos_token_id"] = config.get("bos_token_id")
-        values["pad_token_id"] = config.get("pad_token_id")
+        values |= {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         values.setdefault("num_key_value_heads", config["num_attention_heads"])
         if model_type.startswith("deepseek"):
             values.pop("head_dim", None)  # transformers writes the rope width there
@@ -179,6 +182,11 @@ def _problems(c: ModelConfig) -> Iterator[str]:
     for name in POSITIVE:
         if getattr(c, name) <= 0:
             yield f"{name} = {getattr(c, name)}: must be positive"
+    if not 1 < c.rope_theta < math.inf:
+        yield f"rope_theta = {c.rope_theta}: must be above 1"
+    for name in ("rms_norm_eps", "routed_scaling_factor", "initializer_range"):
+        if not 0 <= getattr(c, name) < math.inf:
+            yield f"{name} = {getattr(c, name)}: must be a number, 0 or more"
     if c.num_nextn_predict_layers < 0:
         yield "num_nextn_predict_layers must be 0 or more"
     yield from _gqa_problems(c) if c.kv_lora_rank is None else _mla_problems(c)
@@ -214,6 +222,9 @@ def _mla_problems(c: ModelConfig) -> Iterator[str]:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(c, name) <= 0:
             yield f"MLA needs {name} > 0"
+    for name in ("kv_lora_rank", "qk_nope_head_dim"):
+        if getattr(c, name) % 2:
+            yield f"{name} = {getattr(c, name)}: must be even, because what lies behind is rotated in pairs"
     if c.q_lora_rank is not None and c.q_lora_rank <= 0:
         yield "q_lora_rank must be positive, or None for uncompressed queries"
     if c.v_head_dim > c.qk_head_dim:
@@ -253,21 +264,27 @@ def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
         value = scaling.get(key)
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             yield f"rope_scaling of type {kind} needs a positive {key}, not {value!r}"
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        yield "rope_scaling of type llama3 needs low_freq_factor < high_freq_factor"
+    for key in optional:
+        if not isinstance(scaling.get(key), int | float | None):
+            yield f"rope_scaling: {key} = {scaling[key]!r}: must be a number"
     for key in scaling:
         if key not in (*required, *optional, "rope_type"):
             yield f"rope_scaling of type {kind} has no key {key!r}; known: {', '.join((*required, *optional))}"
 
 
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
+def _read_rope(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """(theta, scaling) from either generation of keys; scaling None means plain RoPE."""
-    new = config.get("rope_parameters")
-    scaling = dict(new if new is not None else config.get("rope_scaling") or {})
-    theta = float(scaling.pop("rope_theta", config.get("rope_theta", 10000.0)))
+    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    scaling = dict(new if new is not None else old or {})
+    theta = scaling.pop("rope_theta", config.get("rope_theta"))
+    theta = 10000.0 if theta is None else theta
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor is not computed here")
-    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    scaling.pop("type", None)
-    if kind == "default":
+    legacy = scaling.pop("type", None)
+    kind = scaling.pop("rope_type", legacy)
+    if kind == "default" or not (kind or scaling):
         return theta, None
     return theta, {"rope_type": kind} | scaling
 

@@ -87,9 +87,15 @@ def _common(values: _Values) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in tensors,
         "initializer_range": 0.02,
         "bos_token_id": values.token("bos"),
-        "eos_token_id": values.token("eos"),
+        "eos_token_id": _ends([values.token(name) for name in ("eos", "eot", "eom")]),
         "pad_token_id": values.token("padding"),
     }
+
+
+def _ends(ids: list[Any]) -> Any:
+    """The end of a text, of a turn, of a message with a call: most files have one token for all."""
+    found = [id for place, id in enumerate(ids) if id is not None and id not in ids[:place]]
+    return found if len(found) > 1 else found[0] if found else None
 
 
 def _gqa(values: _Values) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from sputnik.model.fp8 import BLOCK, dequantise, scales_shape
 from sputnik.model.hf_names import Piece, Shape
 from sputnik.model.weights import Stored, Weights, assemble
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE = "_scale_inv"
 READABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 FP8, SCALES = "F8_E4M3", ("F32", "BF16", "F8_E8M0")
@@ -100,7 +101,7 @@ def open_hf(root: Path) -> Weights:
     data = _read_json(root / CONFIG)
     block = _fp8_block(root, data)
     stored = _inventory(root, block)
-    config = _without_absent_mtp(_config(root, data), stored)
+    config = _without_absent_mtp(_config(root, data | _ends(root, data)), stored)
 
     def pieces_of(key: str, shape: Shape) -> list[Piece]:
         return hf_names.pieces(key, shape, config.num_hidden_layers, fused=key in stored)
@@ -164,6 +165,17 @@ def _config(root: Path, data: dict[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"{root / CONFIG}: {error.args[0]} is missing; use the file saved with the weights"
         ) from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{root / CONFIG}: damaged ({error}); use the file saved with the weights") from None
+
+
+def _ends(root: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """All end tokens: chat models name some of theirs in generation_config.json alone."""
+    further = _read_json(root / GENERATION) if (root / GENERATION).exists() else {}
+    listed = [each.get("eos_token_id") for each in (data, further)]
+    ends = [id for ids in listed for id in (ids if isinstance(ids, list) else [ids]) if id is not None]
+    ends = [id for place, id in enumerate(ends) if id not in ends[:place]]
+    return {"eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from sputnik.errors import CheckpointError
 from sputnik.files import replace_directory
 from sputnik.model import hf_names
 from sputnik.model.fp8 import BLOCK, quantise, scales_shape
-from sputnik.model.hf_in import CONFIG, INDEX, SCALE, WEIGHTS
+from sputnik.model.hf_in import CONFIG, GENERATION, INDEX, SCALE, WEIGHTS
 from sputnik.model.hf_names import EMBEDDING, HEAD, Piece
 from sputnik.model.weights import Weights, dtype_name, stored_type
 
@@ -109,7 +109,7 @@ def _write_configs(weights: Weights, directory: Path, dtype: torch.dtype | None)
         config |= {"torch_dtype": "bfloat16", "quantization_config": FP8_CONFIG}
     _write_json(directory / CONFIG, config)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    _write_json(directory / "generation_config.json", {key: config[key] for key in ids if config.get(key) is not None})
+    _write_json(directory / GENERATION, {key: config[key] for key in ids if config.get(key) is not None})
 
 
 def _write_shards(

@@ -36,8 +36,11 @@ def test_dense_round_trip_is_exact(published: dict[str, Any]) -> None:
     assert not config.is_mla and config.num_key_value_heads == published["num_key_value_heads"]
 
 
-def test_first_of_several_end_tokens_is_taken() -> None:
-    assert ModelConfig.from_hf(QWEN2).eos_token_id == 151643
+def test_all_of_several_end_tokens_are_kept() -> None:
+    config = ModelConfig.from_hf(QWEN2)
+    assert config.end_ids == (151643, 151645) and list(config.to_hf()["eos_token_id"]) == QWEN2["eos_token_id"]
+    assert ModelConfig.from_hf(QWEN2 | {"eos_token_id": 7}).end_ids == (7,)
+    assert ModelConfig.from_hf(QWEN2 | {"eos_token_id": None}).end_ids == ()
 
 
 def test_new_and_old_rope_keys_mean_the_same() -> None:
@@ -91,6 +94,33 @@ def test_written_config_tells_engines_what_they_need() -> None:
             {"rope_scaling": {"rope_type": "yarn", "factor": 2, "original_max_position_embeddings": 64, "beta": 1}},
             "no key 'beta'",
         ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": 64,
+                    "beta_fast": "x",
+                }
+            },
+            "beta_fast = 'x': must be a number",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2,
+                    "original_max_position_embeddings": 64,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "low_freq_factor < high_freq_factor",
+        ),
+        ({"rope_theta": 0.0}, "rope_theta = 0.0: must be above 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan: must be a number"),
+        ({"qk_nope_head_dim": 31}, "qk_nope_head_dim = 31: must be even"),
+        ({"kv_lora_rank": 31}, "kv_lora_rank = 31: must be even"),
         ({"hiden_size": 64}, "unknown model field 'hiden_size'"),
     ],
 )
@@ -119,6 +149,8 @@ def test_unknown_preset_names_the_known_ones() -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_type None is not computed here"),
+        ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "rope_type None is not computed here"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"model_type": "mamba"}, "mamba"),
     ],
