@@ -27,6 +27,8 @@ from sputnik.text.templates import template_hash
 
 AHEAD = 2
 """Samples that are started, as a multiple of those that run at once: the engine always has a next one."""
+RESERVE = 8
+"""With forced thinking budgets, one in so many tokens is kept for the answer."""
 
 
 class Local:
@@ -75,7 +77,9 @@ class Local:
     def _params(self, question: Question, k: int, room: int) -> SamplingParams:
         seed = self.params.seed
         own = None if seed is None else sample_seed(seed, 1 + hash_of(question.problem.id))
-        return replace(self.params, n=k, seed=own, max_tokens=min(self.params.max_tokens, room))
+        most, reserve = min(self.params.max_tokens, room), self.params.answer_reserve
+        reserve = reserve if reserve < most else most // RESERVE  # kept of `max_tokens`, it may be all of the room
+        return replace(self.params, n=k, seed=own, max_tokens=most, answer_reserve=reserve)
 
     def _reply(self, output: Output, prompt: Prompt) -> Reply:
         if output.finish == "failed":

@@ -17,7 +17,7 @@ from typing import Any
 from sputnik.errors import ConfigError
 from sputnik.eval.compare import compare
 from sputnik.eval.harness import examine
-from sputnik.eval.models import Local
+from sputnik.eval.models import RESERVE, Local
 from sputnik.eval.results import EvalResult
 from sputnik.eval.stats import Interval, cons_at_k
 from sputnik.tasks.base import Problem, Task, Verdict, best_constant
@@ -25,8 +25,6 @@ from sputnik.tasks.verify import VerifierPool
 
 STEPS = 5
 EXTENSIONS = (1, 2, 4)
-ANSWER_SHARE = 8
-"""With a forced budget, an eighth of `max_tokens` is kept for the answer."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def scale(
     def run(name: str, at: int, budget: int | None = None, extend: int = 0) -> EvalResult:
         params = model.params
         if budget is not None or extend:
-            reserve = params.max_tokens // ANSWER_SHARE
-            params = replace(params, thinking_budget=budget, extend=extend, answer_reserve=reserve)
+            params = replace(params, thinking_budget=budget, extend=extend, answer_reserve=params.max_tokens // RESERVE)
         return examine(
             Local(model.llm, params, model.name, model.weights),
             task,
