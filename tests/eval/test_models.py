@@ -127,8 +127,8 @@ def test_thoughts_are_steered_through_the_params(
     assert mode(lengths) == 4 + closing and max(lengths) <= 4 + 4 * closing  # one opened again is closed at once
     assert sum(bool(sample["answer"]) for sample in result.samples) > 12
     wide = replace(WARM, max_tokens=8 * llm.context, extend=1, answer_reserve=llm.context)
-    short = examine(Local(llm, wide), task, judges, problems[:1], k=1)  # the reserve alone would fill the context
-    assert all(0 < sample["length"] < llm.context for sample in short.samples)
+    asked = Local(llm, wide)._params(Question(problems[0], (0,)), 1, room=40)
+    assert (asked.max_tokens, asked.answer_reserve) == (40, 5), "not a reserve that fills the context"
 
 
 def test_same_answer_many_times_is_refused(llm: LLM, task: Task, judges: VerifierPool, problems: list[Problem]) -> None:
