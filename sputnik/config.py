@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -53,6 +53,15 @@ def check_keys(data: Mapping[str, Any], known: list[str], where: str) -> None:
             near = difflib.get_close_matches(key, known, n=1)
             fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
             raise ConfigError(f"{where}: unknown key {key!r}; {fix}")
+
+
+def refuse_changed(config: Any, names: Iterable[str], reason: str) -> None:
+    """Raise a ConfigError for the first of these fields of a dataclass that is not at its default; `reason` says why it
+    would do nothing."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name in names:
+        if getattr(config, name) != defaults[name]:
+            raise ConfigError(f"--{name.replace('_', '-')} {reason}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -14,18 +14,18 @@ import time
 import unicodedata
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from rich.live import Live
 from rich.text import Text
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from sputnik.cli.console import Console
-from sputnik.cli.model import Template, load_llm
+from sputnik.cli.model import Template, load_llm, require_thinking
 from sputnik.engine.llm import LLM, Stream
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.thinking import Finish
-from sputnik.errors import ConfigError, DataError
+from sputnik.errors import DataError
 from sputnik.hardware import hardware
 from sputnik.text.chat import Channel
 from sputnik.text.named_models import EMBEDDED
@@ -53,7 +53,7 @@ NOTES: Mapping[Finish, str] = {
 
 @dataclass(frozen=True)
 class ChatConfig:
-    model: Positional[str] = EMBEDDED
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = EMBEDDED
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2, r1-mini)."""
     fold: bool = False
     """Replace a finished thought by one line with its length."""
@@ -278,6 +278,8 @@ def command(conversation: Conversation, text: str) -> str:
             conversation.forget()
             return "a new conversation"
         case ["/think", ("on" | "off") as wanted]:
+            if wanted == "off" and conversation.llm.template == "zero":
+                return "this model always thinks"
             conversation.thinking = wanted == "on"
             return f"thinking is {wanted}"
         case ["/budget", wanted] if wanted == "off" or wanted.isdecimal():
@@ -313,8 +315,7 @@ def main(config: ChatConfig) -> None:
     llm = load_llm(
         config.model, config.template, precision=config.precision, weights=config.weights, max_running=1, guesses=1
     )
-    if llm.template == "zero" and not config.thinking:
-        raise ConfigError("template zero always thinks: drop --no-thinking, or use --template chat")
+    require_thinking(llm, config.thinking)
     params = SamplingParams(
         temperature=config.temperature,
         top_p=config.top_p,

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from sputnik.cli.console import Console
 from sputnik.errors import CheckpointError, ConfigError
@@ -37,9 +37,9 @@ GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A checkpoint directory, a GGUF file, a run, a run's name, or smollm2."""
-    out: Positional[Path]
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
     """A directory, or a file that ends in .gguf."""
     to: Format | None = None
     """hf or gguf; default: what the name of OUT says."""

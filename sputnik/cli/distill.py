@@ -7,13 +7,13 @@ made before are learned. The same command again continues. DIR/traces holds the 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
 from sputnik.cli.sft import tune
-from sputnik.config import from_dict, set_by_path
+from sputnik.config import from_dict, refuse_changed, set_by_path
 from sputnik.cost import Meter
 from sputnik.errors import ConfigError
 from sputnik.hardware import fleet
@@ -24,11 +24,12 @@ from sputnik.train.traces import TracesConfig, collect_traces
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(SFTConfig):
-    student: Positional[str]
+    student: Annotated[Positional[str], arg(metavar="STUDENT")]
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
     out: Path
+    """The directory to work in: DIR/checkpoint is the student, DIR/traces what it learned from."""
     teacher: str | None = None
-    """The same, or the URL of an API."""
+    """A model, named as the student is, or the URL of an OpenAI-compatible API."""
     task: str | None = None
     """Whose questions the teacher answers: a name, gym:NAME, math:FILE.jsonl, mix, or a task file of your own."""
     option: UseAppendAction[tuple[str, ...]] = ()
@@ -54,7 +55,10 @@ def main(config: DistillConfig) -> None:
     files = [Path(file) for file in config.data]
     if (config.teacher is None) != (config.task is None) or not (files or config.teacher):
         raise ConfigError("give --teacher MODEL and --task TASK, or traces made before: --data FILE; or both")
-    if config.teacher is not None:
+    if config.teacher is None:
+        asking = ("option", "questions", "samples", "max_tokens", "traces")
+        refuse_changed(config, asking, "is for asking a teacher: name one with --teacher, or leave it out")
+    else:
         files.append(_collect(config, config.teacher, console))
     tune(config, config.student, files, config.out, console, config.hardware)
     console.print(f"talk to it: sputnik chat {config.out}", highlight=False, soft_wrap=True)

@@ -73,15 +73,16 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     torch = _package("torch", "pip install torch")
     yield torch
+    cache = _cache()
     if torch.state == "ok":
-        yield from _torch(config)
+        yield from _torch(measure=not config.quick and cache.state == "ok")  # what is measured is kept there
         yield _kernels()
     for name in REQUIRED:
         yield _package(name, f"pip install {name}")
     yield _room("memory", total_memory(), MEMORY_NEEDED, "a machine with more memory, or a smaller model and batch")
     free = shutil.disk_usage(".").free
     yield _room("free disk here", free, DISK_NEEDED, "free some space, or run from another disk")
-    yield _cache()
+    yield cache
     for name, (extra, purpose) in OPTIONAL.items():
         yield _package(name, f"pip install 'sputnik[{extra}]'", purpose)
     yield _sandbox()
@@ -97,7 +98,7 @@ def _package(name: str, command: str, purpose: str = "") -> Finding:
         return Finding(name, "not installed", "note" if purpose else "missing", fix)
 
 
-def _torch(config: DoctorConfig) -> Iterator[Finding]:
+def _torch(measure: bool) -> Iterator[Finding]:
     """Build, threads, devices, and how fast the processor multiplies."""
     import torch
 
@@ -117,7 +118,7 @@ def _torch(config: DoctorConfig) -> Iterator[Finding]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             yield Finding(f"GPU {index}", f"{properties.name}, {properties.total_memory / GIB:.0f} GiB")
-    if not config.quick:
+    if measure:
         speed = measure_cpu(refresh=True)
         bf16, fp32, read = (rate / 1e9 for rate in (speed.bf16, speed.fp32, speed.bandwidth))
         rates = f"bf16 {bf16:.0f}, fp32 {fp32:.0f} GFLOP/s; reads {read:.1f} GB/s"
@@ -147,7 +148,7 @@ def _cache() -> Finding:
     """Where texts and measurements are kept, and whether we may write there."""
     path = cache_directory()
     above = next(folder for folder in (path, *path.parents) if folder.exists())
-    if os.access(above, os.W_OK):
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
         return Finding("cache", str(path))
     return Finding("cache", f"{path}: not writable", "missing", "export SPUTNIK_CACHE=DIR to a directory you may write")
 

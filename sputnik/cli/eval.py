@@ -9,16 +9,16 @@ sputnik eval scores.json --published stages
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.progress import Progress
 from rich.table import Table
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
-from sputnik.config import set_by_path
+from sputnik.config import refuse_changed, set_by_path
 from sputnik.errors import ConfigError
 from sputnik.eval.client import Endpoint, EndpointConfig
 from sputnik.eval.compare import Comparison, compare
@@ -33,7 +33,7 @@ from sputnik.train.state import write_json
 
 @dataclass(frozen=True)
 class EvalModelConfig:
-    model: Positional[str] = ""
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
     """A checkpoint directory, a GGUF file, a run, the name of a run or a model (smollm2), the URL of an
     OpenAI-compatible API, or a saved result (.json)."""
     suite: str = ""
@@ -80,15 +80,16 @@ def main(config: EvalModelConfig) -> int:
     console = Console()
     specs = [spec for spec in (config.model, config.against) if spec]
     _check(config, specs)
+    named = [each.name for each in tables()] if config.published == "all" else [config.published]
+    published = [table(name).name for name in named if name]  # a name that does not exist is no news after an hour
     results = _results(config, specs, console)
     if len(results) == 2:
         comparison = compare(*results)
         console.print(comparison_table(comparison))
         if config.out is not None:
             write_json(_beside(config.out, "comparison"), comparison.to_dict())
-    for name in [each.name for each in tables()] if config.published == "all" else [config.published]:
-        if name:
-            console.print(published_table(name, results))
+    for name in published:
+        console.print(published_table(name, results))
     failed = sum(result.failed for result in results)
     if failed:
         console.print(f"{failed} requests failed: the same command with --out asks them again", style="red")
@@ -115,10 +116,15 @@ def _check(config: EvalModelConfig, specs: list[str]) -> None:
             "a saved result is not evaluated again: leave out --task, --suite and --scaling, or name a model",
         ),
         (all_saved and config.out and len(specs) < 2, "--out: there is nothing new to write"),
+        (config.out and config.out.is_dir(), f"--out {config.out}: name a file, not a directory"),
         (saved and config.scaling, "--scaling needs models, not saved results"),
     ):
         if wrong:
             raise ConfigError(text)
+    if all_saved:
+        asking = ("option", "split", "questions", "samples", "temperature", "top_p", "max_tokens", "thinking_budget",
+                  "template", "precision", "seed", "budgets")  # fmt: skip
+        refuse_changed(config, asking, "is for asking models, and there is none to ask")
 
 
 def _results(config: EvalModelConfig, specs: list[str], console: Console) -> list[EvalResult]:

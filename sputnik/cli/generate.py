@@ -17,14 +17,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.status import Status
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.answers import Answers, open_answers
 from sputnik.cli.console import Console
-from sputnik.cli.model import Template, load_llm
+from sputnik.cli.model import Template, load_llm, require_thinking
 from sputnik.config import check_keys, from_dict
 from sputnik.engine.llm import LLM, Stream
 from sputnik.engine.outputs import Output
@@ -42,10 +42,12 @@ EVERY = 10.0
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
-    prompts: Positional[Path]
+    prompts: Annotated[Positional[Path], arg(metavar="PROMPTS")]
+    """A file with a line of JSON for each prompt, as above."""
     out: Path
+    """The file of answers."""
     template: Template = "auto"
     """Of conversations; auto: the one the model was trained with."""
     thinking: bool = True
@@ -117,7 +119,9 @@ class Batch:
             if "prompt" in record:
                 prompt = self.llm.encode(record["prompt"])
             else:
-                prompt = self.llm.render(record["messages"], record.get("thinking", self.config.thinking))
+                thinking = record.get("thinking", self.config.thinking)
+                require_thinking(self.llm, thinking)
+                prompt = self.llm.render(record["messages"], thinking)
             length = len(prompt.ids) if isinstance(prompt, Prompt) else len(prompt)
             room = max(1, self.llm.context - length)
             base = replace(self.params, max_tokens=min(self.params.max_tokens, room))
@@ -192,6 +196,7 @@ def _answer(config: GenerateConfig, answers: Answers, console: Console) -> int:
             config.model, config.template, precision=config.precision, weights=config.weights, exact=config.exact,
             max_running=config.concurrency, cache_bytes=int(config.cache_gib * 2**30),
         )  # fmt: skip
+        require_thinking(llm, config.thinking)
         batch, progress = Batch(config, llm, answers, console), Progress(console, total, known)
         bad = batch.bad
         try:

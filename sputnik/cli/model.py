@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from sputnik.engine.llm import LLM
+from sputnik.errors import ConfigError
 from sputnik.recipe.checkpoints import find_checkpoint
 
 Template = Literal["auto", "chat", "zero", "own"]
@@ -13,3 +14,9 @@ def load_llm(spec: str, template: Template = "auto", **engine: Any) -> LLM:
     found = find_checkpoint(spec)
     taught: Template = "zero" if found.template == "zero" else "auto"
     return LLM(found.path, taught if template == "auto" else template, **engine)
+
+
+def require_thinking(llm: LLM, thinking: bool) -> None:
+    """A ConfigError where thinking is to be off and the template has no way to say so."""
+    if llm.template == "zero" and not thinking:
+        raise ConfigError("template zero always thinks: leave thinking on, or use --template chat")

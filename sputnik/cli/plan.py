@@ -13,12 +13,13 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from sputnik.cli.console import Console
+from sputnik.config import refuse_changed
 from sputnik.cost import (
     Precision,
     decode_flops_per_token,
@@ -58,7 +59,7 @@ UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class PlanConfig:
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A preset (tiny, dense, mini, v2-lite, v3-671b), a run, a checkpoint directory, a config.json, a GGUF file, the
     name of a model (smollm2), or a recipe.toml."""
     hardware: str | None = None
@@ -82,6 +83,8 @@ class PlanConfig:
 
 def main(config: PlanConfig) -> None:
     recipe = config.model.endswith(".toml")
+    if recipe:
+        refuse_changed(config, ("tokens", "length", "precision", "recompute"), "is for a model; a recipe says its own")
     plan = plan_recipe(config) if recipe else plan_model(config)
     if config.json:
         print(json.dumps(plan, indent=1))

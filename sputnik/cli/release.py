@@ -7,9 +7,10 @@ The weights are written in bfloat16 and scored again; OUT/README.md tells of sco
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.progress import Progress
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from sputnik.cli.console import Console
 from sputnik.recipe.release import read_words, release
@@ -17,9 +18,9 @@ from sputnik.recipe.release import read_words, release
 
 @dataclass(frozen=True)
 class ReleaseConfig:
-    run: Positional[Path]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """A run directory, for example runs/r1."""
-    out: Positional[Path]
+    out: Annotated[Positional[Path], arg(metavar="OUT")]
     """The directory to write."""
     words: Path
     """A TOML file with title, summary, cannot (a list of sentences), and perhaps licence, language, recipe."""

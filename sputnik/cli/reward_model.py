@@ -11,14 +11,15 @@ and the file is there whole or not at all.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
+from sputnik.config import refuse_changed
 from sputnik.cost import Meter
 from sputnik.errors import ConfigError, DataError
 from sputnik.eval.judging import sigmoid
@@ -36,7 +37,7 @@ SCALES = ("standard_scores", "safe_chances")
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A checkpoint, a run, or a run's name to start from; with --score, the directory of a reward model."""
     out: Path
     """A directory for a reward model, a file for scores."""
@@ -70,6 +71,8 @@ def main(config: JudgeConfig) -> None:
     if sum(map(bool, (config.pairs, config.labels, config.score))) != 1:
         raise ConfigError("give one of --pairs FILE, --labels FILE and --score FILE")
     if config.score is not None:
+        training = [field.name for field in fields(config) if field.name not in ("model", "out", "score", "precision")]
+        refuse_changed(config, training, "is for training: leave it out, or --score")
         score_file(Path(config.model), config.score, config.out, config.precision)
     else:
         _train(config)

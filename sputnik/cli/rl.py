@@ -10,15 +10,15 @@ The same command again continues what was interrupted. The model is DIR/checkpoi
 model without our dialogue tokens gets them first, into DIR/pretrained (train/adopt.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.progress import Progress
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
-from sputnik.config import from_dict, set_by_path
+from sputnik.config import from_dict, refuse_changed, set_by_path
 from sputnik.cost import Meter
 from sputnik.errors import ConfigError
 from sputnik.files import replace_directory
@@ -35,11 +35,12 @@ from sputnik.train.state import read_jsonl
 
 @dataclass(frozen=True)
 class RlVerbConfig:
-    model: Positional[str | None] = None
+    model: Annotated[Positional[str | None], arg(metavar="[MODEL]")] = None
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
     task: str = "arithmetic"
     """arithmetic, countdown, gym:NAME, math:FILE.jsonl, mix, or the path of a task file of your own."""
     out: Path | None = None
+    """The directory to train in: DIR/checkpoint is the model."""
     option: UseAppendAction[tuple[str, ...]] = ()
     """KEY=VALUE of the task, for example largest=5; may be repeated."""
     steps: int = RLConfig.steps
@@ -80,6 +81,8 @@ def main(config: RlVerbConfig) -> None:
     if config.model is None:
         if config.audit is None:
             raise ConfigError("sputnik rl: name a model to train, or a labelled set to --audit the verifier with")
+        training = [field.name for field in fields(config) if field.name not in ("model", "task", "option", "audit")]
+        refuse_changed(config, training, "is for training: name a model, or leave it out")
         console.print(audit_table(audit_file(config.task, config.options(), config.audit)))
         return
     if config.out is None:

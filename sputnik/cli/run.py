@@ -6,8 +6,9 @@ The same command again skips what is finished and continues what is not; see spu
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
 from sputnik.errors import ConfigError
@@ -21,7 +22,7 @@ from sputnik.recipe.stages import kind_of
 
 @dataclass(frozen=True)
 class RunConfig:
-    recipe: Positional[Path]
+    recipe: Annotated[Positional[Path], arg(metavar="RECIPE")]
     """The recipe file; `ls recipes/` shows those of the project."""
     set: UseAppendAction[tuple[str, ...]] = ()
     """STAGE.KEY=VALUE (or model.KEY=VALUE, seed=N): change one setting; may be repeated. Of a card: seeds=N for at most

@@ -6,9 +6,9 @@ DIR/checkpoint; `sputnik chat DIR` talks to it.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from sputnik.cli.console import Console
 from sputnik.cost import Meter
@@ -21,9 +21,10 @@ from sputnik.train.sft import SFTConfig, train_sft
 
 @dataclass(frozen=True, kw_only=True)
 class SftVerbConfig(SFTConfig):
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2)."""
     out: Path
+    """The directory to train in: DIR/checkpoint is the model."""
     template: str = "auto"
     """chat, zero or own; auto: what the model was taught, else the template that its tokenizer brings."""
     hardware: str = "cpu"

@@ -12,10 +12,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from rich.table import Table
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
 from sputnik.config import set_by_path, to_dict
@@ -31,7 +31,7 @@ from sputnik.train.traces import TracesConfig, collect_traces
 
 @dataclass(frozen=True)
 class TracesVerbConfig:
-    model: Positional[str]
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
     """A checkpoint directory, a GGUF file, a run, the name of a run or a model, or the URL of an OpenAI-compatible
     API."""
     task: str

@@ -117,6 +117,8 @@ def test_thinking_off_closes_the_thought_in_the_prompt(conversation: Conversatio
     assert list(conversation.ask("?")) == [("answer", "3")]
     assert script.prompts[0][-1] == conversation.llm.tok.end_think_id
     assert "no such command" in command(conversation, "/think maybe")
+    conversation.llm.template, conversation.thinking = "zero", True
+    assert command(conversation, "/think off") == "this model always thinks" and conversation.thinking
 
 
 def test_a_thought_is_closed_at_its_budget_and_in_time_for_an_answer(conversation: Conversation) -> None:

@@ -89,6 +89,7 @@ def test_traces_made_before_need_no_teacher(folder: Path) -> None:
         ([], "give --teacher MODEL and --task TASK, or traces made before: --data FILE"),
         (["--teacher", "TEACHER"], "give --teacher MODEL and --task TASK"),
         (["--task", "arithmetic"], "give --teacher MODEL and --task TASK"),
+        (["--data", "known.jsonl", "--samples", "4"], "--samples is for asking a teacher: name one with --teacher"),
         (["--teacher", "TEACHER", "--task", "arithmetic", "--traces", "keeps=4"], "unknown key 'keeps'; did you mean"),
         (["--teacher", "TEACHER", "--task", "arithmetic", "--questions", "0"], "questions = 0: set it to 1 or more"),
     ],

@@ -60,6 +60,16 @@ def test_processor_is_measured_unless_quick(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "cpu.json").exists()
 
 
+def test_a_cache_that_cannot_be_written_is_missing_and_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPUTNIK_CACHE", str(tmp_path / "file" / "cache"))
+    assert sputnik(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "SPUTNIK_CACHE" in said and "missing: 1" in said and "GFLOP/s" not in said
+
+
 @pytest.mark.parametrize(("bf16", "fp32", "faster"), [(1e11, 2e11, "fp32"), (4e11, 2e11, "bf16")])
 def test_a_slow_bf16_asks_nothing_of_the_user(
     bf16: float, fp32: float, faster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

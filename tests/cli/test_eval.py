@@ -131,7 +131,9 @@ def test_the_help_names_every_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["http://127.0.0.1:9/v1", "--task", "arithmetic"], "cannot be reached"),
         (["SAVED", "--task", "arithmetic"], "a saved result is not evaluated again"),
         (["SAVED", "--out", "x.json"], "there is nothing new to write"),
-        (["SAVED", "--published", "r2"], "no published table 'r2'"),
+        (["SAVED", "--samples", "3"], "--samples is for asking models, and there is none to ask"),
+        (["MODEL", "--task", "arithmetic", "--out", "."], "--out .: name a file, not a directory"),
+        (["MODEL", "--task", "arithmetic", "--published", "r2"], "no published table 'r2'"),  # before it is asked
         (["nowhere", "--task", "arithmetic"], "neither a checkpoint directory nor a run"),
     ],
 )

@@ -164,6 +164,8 @@ def test_nothing_is_left_behind_when_nothing_begins(
     assert "no such file of prompts" in capsys.readouterr().err
     assert main(arguments(checkpoint, prompts, out, "--temperature", "-1")) == 2
     assert main(arguments(checkpoint, prompts, prompts)) == 2
+    assert main(arguments(checkpoint, prompts, out, "--template", "zero", "--no-thinking")) == 2
+    assert "template zero always thinks" in capsys.readouterr().err
     assert not out.exists() and read(prompts) == [{"prompt": "a"}]
 
 

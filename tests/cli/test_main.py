@@ -65,6 +65,7 @@ def test_errors_of_verbs_are_one_line_and_leave_nothing_behind(
         (("run", "."), ".: Is a directory; name a file, not a directory"),
         (("chat", "nowhere"), "neither a checkpoint directory nor a run"),
         (("report", "nowhere"), "no such run directory"),
+        (("report", "."), ".: is no run: it has no lineage.json"),
     ):
         assert main(args) == 2
         said = capsys.readouterr().err

@@ -111,6 +111,9 @@ def test_recipe_is_planned_stage_by_stage(tmp_path: Path, capsys: pytest.Capture
     assert sputnik(["plan", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "at most" in shown and "scores" in shown
+    capsys.readouterr()
+    assert sputnik(["plan", str(path), "--tokens", "3M"]) == 2
+    assert "--tokens is for a model; a recipe says its own" in capsys.readouterr().err
 
 
 def test_work_grows_with_each_dial_of_a_stage() -> None:

@@ -74,6 +74,7 @@ def test_labels_become_a_judge_of_safety_with_a_chance(
     [
         (["--out", "x"], "give one of --pairs FILE, --labels FILE and --score FILE"),
         (["--pairs", "a", "--score", "b", "--out", "x"], "give one of"),
+        (["--score", "b", "--bad-lines", "drop", "--out", "x"], "--bad-lines is for training"),
         (["--pairs", "missing.jsonl", "--out", "x"], "missing.jsonl: no such file"),
     ],
 )

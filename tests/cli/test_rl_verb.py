@@ -79,6 +79,7 @@ def test_what_it_cannot_do_is_one_line(talker: Path, tmp_path: Path, capsys: pyt
     out = ["--out", str(tmp_path / "out")]
     for arguments, message in (
         ([], "name a model to train, or a labelled set to --audit the verifier with"),
+        (["--audit", "page.jsonl", "--steps", "3"], "--steps is for training: name a model, or leave it out"),
         ([str(talker)], "say with --out DIR where the trained model is to go"),
         ([str(talker), *out, "--set", "steps=3"], "--set steps=...: steps has a flag of its own"),
         ([str(talker), *out, "--set", "lrr=3"], "--set: unknown key 'lrr'; did you mean 'lr'?"),
