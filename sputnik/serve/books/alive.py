@@ -1,6 +1,7 @@
 """Which gateways of a database live: each holds a lock that its death gives back, however it dies.
 
-    alive = Alive(database, id);  alive.hold()              # again and again: a lost connection loses PostgreSQL's lock
+    alive = Alive(database, id)
+    if alive.hold(): ...                                    # again and again: a lost connection loses PostgreSQL's lock
     dead = alive.dead(others)
     alive.let_go()
 
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 
 from sputnik.serve.books.database import Database, Down
@@ -25,17 +26,23 @@ class Alive:
         self._database, self._id = database, id
         self._file: TextIO | None = None
         self._session: Connection | None = None
+        self._held = False
 
-    def hold(self) -> None:
-        """Take the lock, or see that it is still held. Down if that cannot be."""
+    def hold(self) -> bool:
+        """Take the lock, or see that it is still held; whether it was taken. Down if that cannot be."""
+        held, self._held = self._held, False
         if self._database.path is not None:
             self._file = self._file or self._lock_file(self._id)
-            return
+            self._held = True
+            return not held
         try:
-            if self._session is None:
-                self._session = self._database.reader.connect()
-                self._session.execute(text("SELECT pg_try_advisory_lock(:n)"), {"n": _number(self._id)})
-            self._session.execute(text("SELECT 1"))
+            self._session = self._session or self._database.reader.connect()
+            if held:
+                self._session.execute(text("SELECT 1"))
+                self._held = True
+            else:  # a connection of ours that only we know to be lost may have it still
+                self._held = bool(self._session.execute(_lock(self._id)).scalar_one())
+            return self._held and not held
         except DBAPIError as error:
             if self._session is not None:
                 self._session.invalidate()
@@ -59,7 +66,7 @@ class Alive:
     def _is_free(self, id: str) -> bool:
         if self._database.path is None:
             with self._database.reading() as connection:
-                found = connection.execute(text("SELECT pg_try_advisory_lock(:n)"), {"n": _number(id)}).scalar_one()
+                found = connection.execute(_lock(id)).scalar_one()
                 if found:
                     connection.execute(text("SELECT pg_advisory_unlock(:n)"), {"n": _number(id)})
                 return bool(found)
@@ -85,6 +92,10 @@ class Alive:
     def _path(self, id: str) -> Path:
         assert self._database.path is not None
         return self._database.path.with_name(f"{self._database.path.name}.{id}.alive")
+
+
+def _lock(id: str) -> TextClause:
+    return text("SELECT pg_try_advisory_lock(:n)").bindparams(n=_number(id))
 
 
 def _number(id: str) -> int:

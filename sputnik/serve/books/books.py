@@ -74,7 +74,7 @@ class Books:
         self.issued = Issued(pepper)
         self.id = secrets.token_hex(16)
         self._alive = Alive(self.database, self.id)
-        self._joined = self._ending = False
+        self._joined = self._listed = self._ending = False
         self._tabs: dict[str, Tab] = {}
         self._purses: dict[str, Purse] = {}
         """Of accounts with a budget, as the last transaction left them."""
@@ -111,10 +111,14 @@ class Books:
 
     def _look(self) -> tuple[list[Any], dict[str, Purse]]:
         """Keys that have changed, and the purses of who was refused."""
-        self._alive.hold()
-        if not self._joined:
+        if self._alive.hold():
+            self._listed = False  # who saw us without it may have taken us for dead
+        if not self._listed:
             with self.database.writing() as connection:
                 ledger.join(connection, self.id)
+            self._listed = True
+            if self._joined:  # others have lost theirs, too, and need a moment
+                self._swept = time.monotonic()
         if time.monotonic() - self._swept >= SWEEP:
             self._swept = time.monotonic()
             self._sweep()

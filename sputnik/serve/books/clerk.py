@@ -9,7 +9,8 @@
 
 A failed transaction fails all that was in it with `Down`, but for what is to be kept; the database is tried twice a
 second then, with a write, and `down` is None again as soon as one succeeds: nobody need start anything again. Errors
-that are no fault of the database's (a bug of ours) hit the one job that made them.
+that are no fault of the database's (a bug of ours) hit the one job that made them; of a batch that stood in the way of
+another gateway's each job is done by itself, for one alone never waits with something in its hands.
 """
 
 import queue
@@ -23,7 +24,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, delete, insert
 
-from sputnik.serve.books.database import OURS, Database, Down
+from sputnik.serve.books.database import OURS, Clash, Database, Down
 from sputnik.serve.books.tables import Fact
 
 AGAIN = 0.5
@@ -112,10 +113,10 @@ class Clerk:
                 results = [job.work(connection) for job in batch]
                 if self.down is not None:
                     _try(connection)
+        except (Clash, *OURS):
+            self._one_by_one(batch)
         except Down as down:
             self._failed(batch, down)
-        except OURS:
-            self._one_by_one(batch)
         else:
             self.commits += 1
             if self.down is not None:

@@ -35,7 +35,7 @@ BUSY = 1.0
 CONNECT = 3
 """Seconds to wait for PostgreSQL."""
 MIGRATIONS = Path(__file__).parent / "migrations"
-SQLITE_FULL, DISK_FULL = sqlite3.SQLITE_FULL, "53100"
+SQLITE_FULL, DISK_FULL, DEADLOCK = sqlite3.SQLITE_FULL, "53100", "40P01"
 OURS = (IntegrityError, DataError, ProgrammingError)
 """Errors that are no fault of the database's."""
 
@@ -46,6 +46,10 @@ class Down(Exception):
     def __init__(self, reason: str, full: bool = False) -> None:
         super().__init__(reason)
         self.reason, self.full = reason, full
+
+
+class Clash(Down):
+    """Two transactions waited for each other, and this one was given up."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,8 @@ def _telling() -> Iterator[None]:
         found: Any = error.orig
         full = SQLITE_FULL if isinstance(found, sqlite3.Error) else DISK_FULL
         code = found.sqlite_errorcode if isinstance(found, sqlite3.Error) else found.sqlstate
-        raise Down((str(found).splitlines() or ["no reason is known"])[0], code == full) from None
+        kind = Clash if code == DEADLOCK else Down
+        raise kind((str(found).splitlines() or ["no reason is known"])[0], code == full) from None
 
 
 # --- its version ---

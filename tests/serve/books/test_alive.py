@@ -4,11 +4,13 @@ import asyncio
 import functools
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from sputnik.serve.books import ledger
 from sputnik.serve.books.alive import Alive
@@ -76,6 +78,74 @@ def test_a_new_gateway_settles_what_a_dead_one_left_and_not_what_a_living_one_ha
     with database.reading() as connection:
         assert sum(used.requests for used in ledger.usage(connection)) == 2 and ledger.gateways(connection) == []
         assert ledger.audit(connection) == []
+
+
+def test_a_gateway_that_lost_its_lock_is_there_again_and_takes_no_other_for_dead(
+    make_front: Callable[..., Any], database: Database
+) -> None:
+    if database.path is not None:
+        pytest.skip("SQLite's lock is a file's, which nobody loses")
+
+    async def run() -> None:
+        async with make_front() as front:
+            swept = front.books._swept
+            with database.writing() as connection:  # as a sweep does that comes in between
+                connection.exec_driver_sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+                )
+                ledger.recover(connection, front.books.id)
+
+            def listed() -> bool:
+                with database.reading() as connection:
+                    return bool(ledger.gateways(connection) == [front.books.id])
+
+            await front.until(listed)
+            await front.until(lambda: front.books._swept > swept)
+            assert Alive(database, "other").dead([front.books.id]) == []
+
+    asyncio.run(run())
+
+
+def test_a_lock_that_a_lost_connection_still_has_is_taken_when_that_ends(database: Database) -> None:
+    if database.path is not None:
+        pytest.skip("SQLite's lock is a file's")
+    lost, found = Alive(database, "ours"), Alive(database, "ours")
+    assert lost.hold() and not lost.hold()
+    assert not found.hold(), "PostgreSQL does not know yet"
+    lost.let_go()
+    assert found.hold() and not found.hold()
+    assert Alive(database, "other").dead(["ours"]) == []
+    found.let_go()
+
+
+def test_gateways_that_wait_for_each_other_both_get_on(database: Database) -> None:
+    if database.path is not None:
+        pytest.skip("SQLite lets one write at a time")
+    take = "UPDATE accounts SET held = held + 1 WHERE id = '{}'"
+    with database.writing() as connection:
+        for account in "ab":
+            ledger.open_account(connection, account, None)
+        connection.exec_driver_sql(f"ALTER DATABASE {database.engine.url.database} SET deadlock_timeout = '20ms'")
+    database.engine.dispose()  # so that the clerk's connection is a new one, and the one that notices
+    clerk, go = Clerk(database), threading.Event()
+    other = database.reader.connect()
+    other.exec_driver_sql("SET deadlock_timeout = '60s'")
+    clerk.write(lambda connection: go.wait(60))
+    works = [functools.partial(Connection.exec_driver_sql, statement=take.format(account)) for account in "ab"]
+    both = [clerk.write(work) for work in works]
+    other.exec_driver_sql("BEGIN")
+    other.exec_driver_sql(take.format("b"))
+    go.set()
+    while not other.exec_driver_sql("SELECT count(*) FROM pg_locks WHERE NOT granted").scalar():
+        time.sleep(0.005)
+    other.exec_driver_sql(take.format("a"))
+    other.exec_driver_sql("COMMIT")
+    for future in both:
+        future.result(60)
+    assert clerk.down is None and clerk.finish(30)
+    assert ledger.purses(other, ["a", "b"])["b"].held == 2
+    other.close()
 
 
 def test_how_far_a_request_is_gets_noted(
