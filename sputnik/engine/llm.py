@@ -33,6 +33,7 @@ from sputnik.engine.params import SamplingParams
 from sputnik.engine.sample import Event, Request, Sample
 from sputnik.engine.thinking import ThoughtTokens
 from sputnik.errors import ConfigError, DataError
+from sputnik.model import kernels
 from sputnik.model.checkpoint import check_tokenizer, load_model
 from sputnik.text.chat import Prompt, answer_block, render
 from sputnik.text.foreign import render_own
@@ -60,7 +61,8 @@ class LLM:
         path = find_model(model)
         self.tok = Tokenizer.load(path)
         place = _device(device)
-        loaded = load_model(path)
+        packs = place.type == "cpu" and kernels.load()  # from any type: fp32 in between would take twice the memory
+        loaded = load_model(path, None if packs else torch.float32)
         check_tokenizer(loaded.config, self.tok.vocab_size, path)
         loaded.to(place)
         auto = "chat" if self.tok.has_dialogue else "own"

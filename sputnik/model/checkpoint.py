@@ -23,8 +23,8 @@ from sputnik.text.named_models import find_model
 __all__ = ["Saveable", "check_tokenizer", "load_model", "open_weights", "save_model"]
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The model at `path` in eval mode on the CPU, cast to `dtype` (routing biases stay fp32).
+def load_model(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Transformer:
+    """The model at `path` in eval mode on the CPU, cast to `dtype` (None: as stored; routing biases stay fp32).
 
     The module is built without memory, then filled from memory-mapped files: the peak is one copy of the weights, and a
     CheckpointError with both numbers when that does not fit.

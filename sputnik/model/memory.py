@@ -40,7 +40,7 @@ def require_memory(what: str, needed: int, dtype: str, smaller: int) -> None:
     if free is None or needed <= free:
         return
     if smaller < needed and smaller <= free:
-        fix = f"load it as bfloat16, {_gigabytes(smaller)}"
+        fix = f"load it as bfloat16, or `sputnik convert` it to that, {_gigabytes(smaller)}"
     else:
         fix = "end other programs, use a machine with more memory or a smaller model"
     raise CheckpointError(

@@ -55,8 +55,10 @@ class Weights:
     read: Callable[[str, torch.dtype], Tensor]
     quantised: bool = False
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return sum(tensor.numel() * stored_type(key, dtype).itemsize for key, tensor in self.like.items())
+    def nbytes(self, dtype: torch.dtype | None) -> int:
+        """Of the model in `dtype`; None: of each tensor in its own type."""
+        kinds = {key: stored_type(key, dtype or tensor.dtype) for key, tensor in self.like.items()}
+        return sum(tensor.numel() * kinds[key].itemsize for key, tensor in self.like.items())
 
 
 def stored_type(key: str, dtype: torch.dtype) -> torch.dtype:
@@ -122,15 +124,16 @@ def _check_copy(where: str, name: str, key: str, tensor: Tensor, copy: Stored) -
     raise CheckpointError(f"{where}: {name} differs from {key}, but they are shared; delete one of them")
 
 
-def build(weights: Weights, dtype: torch.dtype) -> Transformer:
-    """The model in eval mode on the CPU, every tensor in `dtype` but the routing biases (fp32).
+def build(weights: Weights, dtype: torch.dtype | None) -> Transformer:
+    """The model in eval mode on the CPU, every tensor in `dtype` (None: in its own) but the routing biases (fp32).
 
     The module is made without memory and takes the tensors over: the peak is one copy of the weights.
     """
-    require_memory(weights.where, weights.nbytes(dtype), dtype_name(dtype), weights.nbytes(torch.bfloat16))
+    name = dtype_name(dtype or weights.like[EMBEDDING].dtype)
+    require_memory(weights.where, weights.nbytes(dtype), name, weights.nbytes(torch.bfloat16))
     model = without_memory(weights.config)
     parameters = dict(model.named_parameters())
-    state = {key: weights.read(key, stored_type(key, dtype)) for key in weights.like}
+    state = {key: weights.read(key, stored_type(key, dtype or like.dtype)) for key, like in weights.like.items()}
     state = {key: nn.Parameter(t) if key in parameters else t for key, t in state.items()}
     if HEAD in model.state_dict() and HEAD not in state:
         state[HEAD] = state[EMBEDDING]  # the same Parameter object, so the tie survives

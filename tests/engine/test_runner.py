@@ -1,5 +1,6 @@
 """Both runners against the plain model: chunks, pages and batches in any order change nothing but the time."""
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -150,6 +151,17 @@ def bf16_dot(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.ops.sputnik.set_bf16_dot(request.param)
     yield
     torch.ops.sputnik.set_bf16_dot(preferred)
+
+
+@native
+@pytest.mark.parametrize("case", ["v3", "llama"])
+@pytest.mark.parametrize("weights", FORMATS)
+def test_weights_stored_in_half_the_bytes_are_packed_alike(weights: str, case: str) -> None:
+    narrow, texts = make_model(CASES[case]).bfloat16(), some_texts()
+    wide = copy.deepcopy(narrow).float()
+    both = [Program(NativeRunner(m, 64, 4, "fp32", weights, exact=False), texts, seed=1).run() for m in (narrow, wide)]
+    for ours, theirs in zip(*both, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @native
