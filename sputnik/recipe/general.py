@@ -30,7 +30,7 @@ from sputnik.tasks.defects import Output, Pair, make_outputs, make_pairs
 from sputnik.tasks.general import MAKERS, Article, Item, Words, first_sentence, make_items, read_definitions
 from sputnik.text.preferences import join_thought, share_of
 from sputnik.text.sources import FALLBACK, SOURCES, Document, load_documents, read_text
-from sputnik.train.state import write_json
+from sputnik.train.state import read_jsonl, write_json
 
 Record = dict[str, Any]
 HELD_OUT = "held_out"
@@ -229,10 +229,7 @@ def _table(counts: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Table:
 
 def _longer_wins(pairs: Path) -> float | None:
     """Share of the pairs whose chosen answer has more characters: near 1/2, or length gives the answer away."""
-    lengths = [
-        (len(record["chosen"]), len(record["rejected"]))
-        for record in map(json.loads, pairs.read_text(encoding="utf-8").splitlines())
-    ]
+    lengths = [(len(record["chosen"]), len(record["rejected"])) for record in read_jsonl(pairs)]
     differing = [chosen > rejected for chosen, rejected in lengths if chosen != rejected]
     return sum(differing) / len(differing) if differing else None
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from sputnik.errors import ConfigError, DataError
-from sputnik.recipe.general import HELD_OUT, PROMPTS
+from sputnik.recipe.general import HELD_OUT, PROMPTS, _longer_wins, _write_lines
 from sputnik.recipe.recipe import read_recipe
 from sputnik.recipe.runner import run_recipe
 from sputnik.recipe.stages import kind_of
@@ -159,6 +159,11 @@ def test_length_does_not_tell_which_answer_was_chosen(general: Path) -> None:
     by_defect = Counter(pair["defect"] for pair in pairs)
     assert set(by_defect) == {*ALWAYS, *TO_SAFE, *TO_UNSAFE}
     assert by_defect.most_common(1)[0][0] == "off_topic" and by_defect["off_topic"] < len(pairs) / 3
+
+
+def test_a_separator_within_a_text_ends_no_line(tmp_path: Path) -> None:
+    _write_lines(tmp_path / "pairs.jsonl", [{"chosen": "one\u2028two\x85", "rejected": "no"}])
+    assert _longer_wins(tmp_path / "pairs.jsonl") == 1.0
 
 
 def test_no_text_is_good_or_bad_in_itself(general: Path) -> None:
