@@ -46,6 +46,8 @@ STORED_GROUPS = 4
 """Groups per step written to rollouts.jsonl."""
 MAX_ROUNDS = 3
 """Dynamic sampling asks this many times for questions that split their group, then trains on what there is."""
+PROBED = 32
+"""Questions that the untrained policy answers four times each before step 1."""
 TRUNCATION_LIMIT = 0.5
 """The probe refuses a token limit that cuts off more than this share of the base model's answers."""
 
@@ -326,20 +328,21 @@ class Reinforcement:
 
     def probe(self) -> dict[str, float]:
         """Draw from the untrained policy: how long are its answers, and how many does the limit cut off?"""
-        config = self.config
-        params = SamplingParams(
-            temperature=config.temperature,
-            max_tokens=config.max_tokens,
-            seed=derive_seed(config.seed, "probe"),
-        )
-        groups = self.worker.collect(self.task.problems("train", 32, derive_seed(config.seed, "probe")), 4, params)
+        config, seed = self.config, derive_seed(self.config.seed, "probe")
+        params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=seed)
+        try:
+            problems = self.task.problems("train", PROBED, seed)
+        except TaskError:  # a family with fewer may well have enough for a step
+            problems = self.task.problems("train", config.prompts_per_step, seed)
+        groups = self.worker.collect(problems, 4, params)
         figures = rollout_metrics(groups, self.task, self.tok)
         if figures["truncated"] > TRUNCATION_LIMIT:
             raise ConfigError(
                 f"max_tokens = {config.max_tokens} cuts off {figures['truncated']:.0%} of the base model's answers; "
                 f"raise it, or train the base model longer"
             )
-        return {name: figures[name] for name in ("length", "truncated", "accuracy_reward", "format_reward")}
+        told = {name: figures[name] for name in ("length", "truncated", "accuracy_reward", "format_reward")}
+        return {"answers": 4 * len(problems), **told}
 
 
 def _shown(groups: Sequence[Group]) -> list[Sample]:

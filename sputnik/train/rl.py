@@ -129,7 +129,7 @@ def describe(config: RLConfig, probe: Mapping[str, float], model: Transformer) -
             f"replaced every {objective.reference_refresh} steps" if objective.kl_beta else "none, kl_beta is 0",
         ),
         ("MTP modules", f"{len(model.mtp)}, {modules}"),
-        ("probe of 128 answers", f"{probe['length']:.1f} tokens, {probe['truncated']:.1%} cut off"),
+        (f"probe of {probe['answers']:.0f} answers", f"{probe['length']:.1f} tokens, {probe['truncated']:.1%} cut off"),
         ("before", f"accuracy {probe['accuracy_reward']:.1%}, format {probe['format_reward']:.1%}"),
     ):
         table.add_row(key, value)

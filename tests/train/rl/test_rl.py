@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from sputnik.errors import ConfigError, DataError, TaskError
+from sputnik.tasks.base import load_task
+from sputnik.tasks.verify import VerifierPool
 from sputnik.train.loop import Paused
+from sputnik.train.reinforcement import Reinforcement
 from sputnik.train.rl import RLConfig, train_rl
 from sputnik.train.state import read_jsonl
 
@@ -158,6 +161,15 @@ def test_a_limit_that_cuts_most_answers_is_refused_before_step_one(policy, tmp_p
     with pytest.raises(ConfigError, match="max_tokens = 5 cuts off .* of the base model's answers; raise it"):
         train_rl(RLConfig(**{**SMALL, "max_tokens": 5}), policy.checkpoint, tmp_path / "rl", policy.meter())
     assert not (tmp_path / "rl" / "metrics.jsonl").exists()
+
+
+def test_a_family_with_few_questions_is_probed_with_those_of_a_step(policy, pool: VerifierPool) -> None:
+    options = {"terms": [2, 2], "largest": 3, "non_negative": True}
+    config = RLConfig(**{**SMALL, "task_options": options, "eval_questions": 1})
+    task = load_task("arithmetic", options)
+    with pytest.raises(TaskError, match="distinct train problems"):
+        task.problems("train", 32)
+    assert Reinforcement(config, policy.model(), policy.tok, task, pool).probe()["answers"] == 4 * 4
 
 
 def test_a_task_whose_gold_is_wrong_is_refused_before_step_one(policy, tmp_path: Path) -> None:
