@@ -18,6 +18,7 @@ clients, which are a server's business.
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakValueDictionary
@@ -182,8 +183,14 @@ class LLM:
 
     def request(self, prompt: Asked, params: SamplingParams) -> Request:
         """The engine's request of a prompt."""
+        if not isinstance(params, SamplingParams):
+            raise ConfigError(f"params: give SamplingParams(...), not {type(params).__name__}")
         if not isinstance(prompt, Prompt):
-            prompt = Prompt.of(self.tok, self.encode(prompt) if isinstance(prompt, str) else prompt)
+            try:
+                ids = self.encode(prompt) if isinstance(prompt, str) else [index(id) for id in prompt]
+            except TypeError:
+                raise ConfigError("a prompt is a text, a list of token ids, or what `render` gave") from None
+            prompt = Prompt.of(self.tok, ids)
         matchers = []
         if params.constrained:
             self._grammars = self._grammars or Grammars(self.tok)

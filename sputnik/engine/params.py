@@ -17,6 +17,8 @@ from sputnik.errors import ConfigError
 
 COLDEST = 1e-4
 """Temperatures between 0 and this overflow when logits are divided by them; 0 itself is greedy."""
+MOST = 1 << 14
+"""Answers of one request."""
 CONSTRAINTS = ("schema", "regex", "grammar")
 
 
@@ -96,8 +98,9 @@ class SamplingParams:
         yield self.max_tokens < 1, f"need max_tokens >= 1, got {self.max_tokens}"
         least = self.min_tokens
         yield not 0 <= least <= self.max_tokens, f"need 0 <= min_tokens <= max_tokens, got {least}, {self.max_tokens}"
-        yield self.n < 1, f"need n >= 1, got {self.n}"
-        yield self.best_of is not None and self.best_of < self.n, f"best_of = {self.best_of} is less than n = {self.n}"
+        yield not 1 <= self.n <= MOST, f"need 1 <= n <= {MOST}, got {self.n}"
+        best = self.n if self.best_of is None else self.best_of
+        yield not self.n <= best <= MOST, f"best_of = {best} is less than n = {self.n}, or more than {MOST}"
         yield self.seed is not None and not -(2**63) <= self.seed < 2**63, f"seed = {self.seed} has more than 64 bits"
         for name in ("logprobs", "prompt_logprobs", "thinking_budget"):
             value = getattr(self, name)

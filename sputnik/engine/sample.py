@@ -16,6 +16,10 @@ from sputnik.errors import DataError
 class Matcher(Protocol):
     """The part of `constrain.Constraint` that is used here."""
 
+    @property
+    def done(self) -> bool:
+        """Nothing can follow but the end."""
+
     def bits(self) -> "np.ndarray[Any, np.dtype[np.int32]]":
         """One bit a token, (ceil(V / 32),)."""
 
@@ -127,11 +131,13 @@ class Sample:
             self.logprobs.append(logprob)
         if top is not None:
             self.top.append(top)
+        finish: Finish | None = "length" if len(self.written) >= self.params.max_tokens else None
         if self.control is not None:
-            return self.control.feed(id)
-        if id in self.ends and len(self.written) > self.params.min_tokens:
-            return "stop"
-        return "length" if len(self.written) >= self.params.max_tokens else None
+            finish = self.control.feed(id)
+        elif id in self.ends and len(self.written) > self.params.min_tokens:
+            finish = "stop"
+        whole = finish == "length" and self.matcher is not None and self.matcher.done
+        return "stop" if whole else finish
 
     def answer_now(self) -> None:
         if self.control is not None:

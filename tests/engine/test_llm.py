@@ -176,6 +176,11 @@ def test_a_prompt_that_cannot_be_answered_is_named_before_anything_runs(llm: LLM
         llm.generate(["a", "b", "c"], [PLAIN, PLAIN, replace(PLAIN, stop_ids=(9999,))])
     with pytest.raises(ConfigError, match="2 params for 1 prompts"):
         llm.generate(["a"], [PLAIN, PLAIN])
+    for wrong in ([3, 4], [[3.0]], [None]):  # ids of one prompt without a list around them, ids that are none
+        with pytest.raises(ConfigError, match="prompt 0: a prompt is a text, a list of token ids"):
+            llm.generate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"give SamplingParams\(...\), not dict"):
+        llm.generate(["a"], {"max_tokens": 3})  # type: ignore[arg-type]
     assert idle(llm) and llm.engine.metrics.steps == steps
 
 
@@ -187,6 +192,15 @@ def test_a_grammar_governs_the_answer_after_the_thought(llm: LLM) -> None:
     assert json.loads(result.text)["sum"] in (1, 2, 3) and result.thinking
     with pytest.raises(DataError, match="schema"):
         llm.chat(QUESTION, replace(params, schema="{"))
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_form_that_is_complete_at_the_last_token_is_no_cut_answer(llm: LLM, thinking: bool) -> None:
+    pytest.importorskip("llguidance")
+    params = replace(THOUGHT, max_tokens=200, regex="[1-3]{3}")
+    whole = llm.chat(QUESTION, params, thinking=thinking)
+    cut = [llm.chat(QUESTION, replace(params, max_tokens=len(whole.outputs[0].ids) - n), thinking) for n in (1, 2)]
+    assert [(each.text, each.finish) for each in cut] == [(whole.text, "stop"), (whole.text[:-1], "length")]
 
 
 def test_streams_of_one_model_run_together_and_apart_alike(checkpoint: Path) -> None:
