@@ -67,6 +67,7 @@ class Stage:
         if (read := number(last.get("tokens"))) is not None:
             return read
         drawn = [(number(row.get("length")) or 0.0) * sum((row.get("verdicts") or {}).values()) for row in self.metrics]
+        drawn += [(number(row.get("general_length")) or 0.0) * row.get("general_answers", 0) for row in self.metrics]
         return math.fsum(drawn) or None
 
     @property

@@ -15,7 +15,7 @@ from sputnik.cost import parameters
 from sputnik.errors import DataError
 from sputnik.eval.stats import paired
 from sputnik.model.config import ModelConfig
-from sputnik.recipe.evidence import column, read_run
+from sputnik.recipe.evidence import Stage, column, read_run
 from sputnik.recipe.report import ReportPaths, write_report
 
 HOSTILE = (
@@ -125,6 +125,12 @@ def test_tokens_and_flops_are_those_of_the_steps(finished: ReportPaths) -> None:
     assert rows["zero"]["tokens"] == pytest.approx(sum(512 * row["length"] for row in metrics[1:]))
     assert rows["base"]["tokens"] == 600 * 16_384
     assert rows["corpus"]["flops"] is None
+
+
+def test_answers_to_open_prompts_are_tokens_too() -> None:
+    row = {"length": 10.0, "verdicts": {"correct": 3, "wrong": 1}}
+    opened = {**row, "general_length": 7.0, "general_answers": 2}
+    assert Stage("r1", "rl", Path("r1"), metrics=(row, opened)).tokens == 2 * 40 + 14
 
 
 def test_model_is_counted_from_its_checkpoint(finished: ReportPaths) -> None:
