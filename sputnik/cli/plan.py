@@ -245,10 +245,10 @@ def recipe_table(plan: dict[str, Any]) -> Table:
     title = f"{plan['recipe']} on {hardware['count']} x {hardware['name']}, at most"
     table = Table(title=title, title_justify="left", show_footer=True)
     total = plan["total"]
-    table.add_column("stage", "all")
-    table.add_column("kind")
+    table.add_column("stage", "all", overflow="fold")  # names and figures whole, however narrow the terminal is
+    table.add_column("kind", overflow="fold")
     for header, footer in zip(("tokens", "FLOPs", "time", "money"), _figures(total), strict=True):
-        table.add_column(header, footer, justify="right")
+        table.add_column(header, footer, justify="right", overflow="fold")
     for row in plan["stages"]:
         table.add_row(row["stage"], row["kind"], *(_figures(row) if row["flops"] else []))
     table.caption = (
