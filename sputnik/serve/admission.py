@@ -8,15 +8,14 @@
 
 The queue is bounded in requests and in prompt tokens, and nobody is let in who would wait longer than the limit. Order:
 classes share by weight, keys within a class equally, by tokens (start-time fair queueing, Goyal 1996), requests of a
-key as they came. The last places of the queue are for keys that have fewer there than another, and a few slots beyond
-the usual ones for keys that have less than their share running, so that one with hundreds of calls neither shuts the
-others out nor makes them wait for its ends. The wait that is told counts who is there and, as keys have asked lately,
-who will come and pass. Left out: money.
+key as they came. The last of its room is for keys that have fewer there than another, a few slots beyond the usual ones
+for keys that have less than their share running: one with hundreds of calls shuts no other out and makes none wait for
+its ends. The wait that is told counts who is there and, as keys have asked lately, who will pass. Left out: money.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,7 +31,7 @@ WINDOW = 2.0
 LATELY = 5.0
 """Seconds over which it is counted how much a key asks for."""
 RESERVE = 8
-"""One place in so many is for keys with fewer requests in the queue than another."""
+"""One place in so many, and one token, is for keys with fewer requests in the queue than another."""
 ROUNDS = 20
 """Of making a wait longer by those who come in it."""
 
@@ -178,7 +177,7 @@ class Admission:
             raise Full("key", f"this key has {key.open} requests open, its limit", self._turn)
         wait = self._forecast(identity, key.cost, now, self.limits.wait)
         self._check_places(key, wait)
-        self._check_room(guess)
+        self._check_room(key, guess)
         if wait is not None and wait > self.limits.wait:
             raise Full("server", f"it would wait {wait:.0f} s, longer than {self.limits.wait:.0f}", wait)
         ticket = Ticket(identity, guess)
@@ -193,11 +192,11 @@ class Admission:
     ) -> None:
         """Into the queue, now that it has been read. Raises Full; it is for the caller to `leave` then."""
         assert ticket.state == "door"
-        self._check_room(prompt - ticket.prompt)
+        circle, key = self._circles[ticket.identity.rank], self._key(ticket.identity)
+        self._check_room(key, prompt - ticket.prompt)
         self.tokens += prompt - ticket.prompt
         ticket.prompt, ticket.answer, ticket.samples, ticket.deadline = prompt, answer, samples, deadline
         ticket.cost = PREFILL * prompt + min(answer, self._usual * samples)
-        circle, key = self._circles[ticket.identity.rank], self._key(ticket.identity)
         circle.enter(ticket.cost, self._clock, now)
         key.enter(ticket.cost, circle.clock, now)
         key.waiting.append(ticket)
@@ -248,11 +247,12 @@ class Admission:
 
     def expire(self, now: float) -> list[Ticket]:
         """Those in the queue whose deadline has passed; they have left. To be called now and then: it forgets keys."""
+        late = list[Ticket]()
         for circle in self._circles.values():
             for id, key in list(circle.keys.items()):
+                late += [each for each in key.waiting if each.deadline is not None and each.deadline <= now]
                 if not key.open and key.had <= circle.clock and key.asks(now) < 1:  # nothing is lost by forgetting it
                     del circle.keys[id]
-        late = [each for each in self._queue() if each.deadline is not None and each.deadline <= now]
         for each in late:
             self.leave(each, now)
         return late
@@ -380,19 +380,21 @@ class Admission:
     def _key(self, identity: Identity) -> _Key:
         return self._circles[identity.rank].keys.setdefault(identity.id, _Key())
 
-    def _queue(self) -> Iterable[Ticket]:
-        return (each for circle in self._circles.values() for key in circle.keys.values() for each in list(key.waiting))
+    @property
+    def _most(self) -> int:
+        """Requests that one key has in the queue."""
+        return max(each.queued for circle in self._circles.values() for each in circle.keys.values())
 
     def _check_places(self, key: _Key, wait: float | None) -> None:
         taken, places = self.waiting + self.door, self.limits.requests
         if taken < places - places // RESERVE:
             return
-        most = max(each.queued for circle in self._circles.values() for each in circle.keys.values())
-        if taken >= places or key.queued == most:
+        if taken >= places or key.queued == self._most:
             left = "the limit" if taken >= places else "and the places left are for keys with fewer"
             raise Full("server", f"{self.waiting} requests wait already, {left}", wait or 5.0)
 
-    def _check_room(self, more: int) -> None:
-        if more > 0 and self.tokens + more > self.limits.tokens and self.waiting + self.door > 0:
-            reason = f"the prompts that wait have {self.tokens} tokens, and {more} more exceed {self.limits.tokens}"
-            raise Full("server", reason, self.wait or 5.0)
+    def _check_room(self, key: _Key, more: int) -> None:
+        left = self.limits.tokens - self.tokens - more
+        scarce = left < 0 or (left < self.limits.tokens // RESERVE and 1 < key.queued == self._most)
+        if more > 0 and scarce and self.waiting + self.door > 0:
+            raise Full("server", f"no room for {more} tokens: those that wait have {self.tokens}", self.wait or 5.0)

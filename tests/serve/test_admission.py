@@ -182,6 +182,16 @@ def test_the_last_places_are_for_keys_with_fewer_requests_there() -> None:
         ask(queue, Identity("carol"))
 
 
+def test_a_key_that_fills_the_door_with_large_bodies_leaves_room_for_others() -> None:
+    queue = admission(slots=1, per_key=99)
+    for _ in range(3):
+        queue.knock(ALICE, 1 << 20, 0)
+    with pytest.raises(Full, match="no room for 262144 tokens: those that wait have 786432"):
+        queue.knock(ALICE, 1 << 20, 0)
+    ask(queue, BOB, prompt=100_000)
+    ask(queue, BOB, prompt=100_000)
+
+
 def test_a_spare_slot_is_for_a_key_that_has_less_than_its_share() -> None:
     queue = admission(slots=4, spare=1)
     for _ in range(9):
