@@ -35,6 +35,7 @@ import tomli_w
 from sputnik.config import check_keys, config_hash, from_dict, load_toml, set_by_path, to_dict
 from sputnik.errors import ConfigError
 from sputnik.model.config import ModelConfig
+from sputnik.text.sources import SOURCES
 
 TOP_KEYS = ["name", "seed", "hardware", "model", "tasks"]
 TASK_KEYS = ["task", "task_options"]
@@ -224,8 +225,15 @@ def model_config(table: Mapping[str, Any], where: str, **changes: Any) -> ModelC
 
 
 def _input_files(settings: Mapping[str, Any]) -> dict[str, str]:
-    """ "file PATH" -> content hash, for each setting that names a file: another task file is another stage."""
+    """ "file PATH" -> content hash, for each setting that names a file, and each folder or pattern of texts: another
+    task file is another stage."""
     found: dict[str, str] = {}
+    for name in {*settings.get("texts", ()), *settings.get("foreign_texts", ())}:
+        if files := _files_of(name):
+            whole = hashlib.sha256()
+            for file in files:
+                whole.update(f"{file}\0".encode() + file.read_bytes())
+            found[f"file {name}"] = whole.hexdigest()[:16]
     for text in _texts(settings):
         if 0 < len(text) < 500:
             for spelling in {text, text.rpartition(":")[0], text.partition(":")[2]} - {""}:
@@ -233,6 +241,16 @@ def _input_files(settings: Mapping[str, Any]) -> dict[str, str]:
                 if path.suffix and os.path.isfile(path):  # noqa: PTH113 - Path's raises where a text is too long for a name
                     found[f"file {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return found
+
+
+def _files_of(name: str) -> list[Path]:
+    """What text/sources.py reads in a folder or for a pattern; nothing for other names."""
+    if name in {source.name for source in SOURCES}:
+        return []
+    path = Path(name)
+    pattern = not path.is_absolute() and re.search(r"[*?[]", name)
+    every = path.rglob("*") if path.is_dir() else Path().glob(name) if pattern else ()
+    return sorted(file for file in every if file.is_file())
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -200,6 +200,18 @@ def test_a_changed_task_file_is_another_stage(tmp_path: Path, monkeypatch: pytes
         run(tmp_path, read(tmp_path, RECIPE, "data.task=my_task.py:Mine"))
 
 
+@pytest.mark.parametrize("texts", ["notes", "notes/*.md"])
+def test_a_changed_text_is_another_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes").mkdir()
+    Path("notes/a.md").write_text("first")
+    before = read(tmp_path, RECIPE, f'data.texts=["{texts}", "wiki-en"]').stage("data")
+    assert [key for key in before.settings if key.startswith("file ")] == [f"file {texts}"]
+    Path("notes/b.md").write_text("second")
+    after = read(tmp_path, RECIPE, f'data.texts=["{texts}", "wiki-en"]').stage("data")
+    assert after.hash != before.hash and after.settings[f"file {texts}"] != before.settings[f"file {texts}"]
+
+
 def test_a_setting_may_be_longer_than_the_name_of_a_file(tmp_path: Path) -> None:
     assert read(tmp_path, RECIPE, f'data.task="{"Think first. Then answer. " * 15}"').stage("data").settings["task"]
 
