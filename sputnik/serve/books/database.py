@@ -14,7 +14,7 @@ pools larger than a gateway needs.
 import contextlib
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from sputnik.errors import ConfigError
@@ -32,8 +33,11 @@ from sputnik.serve.books.key import state_directory
 
 BUSY = 1.0
 """Seconds to wait for another writer."""
-CONNECT = 3
-"""Seconds to wait for PostgreSQL."""
+PATIENCE: Mapping[str, int] = {
+    "connect_timeout": 3, "tcp_user_timeout": 10_000,
+    "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3,
+}  # fmt: skip
+"""How soon PostgreSQL is taken for gone where the network says nothing: seconds, and one in milliseconds."""
 MIGRATIONS = Path(__file__).parent / "migrations"
 SQLITE_FULL, DISK_FULL, DEADLOCK = sqlite3.SQLITE_FULL, "53100", "40P01"
 OURS = (IntegrityError, DataError, ProgrammingError)
@@ -96,7 +100,7 @@ def open_database(url: str = "") -> Database:
                 return _sqlite(Path(parsed.database))
             case "postgresql":
                 parsed = parsed.set(drivername="postgresql+psycopg")
-                options: dict[str, Any] = {"connect_args": {"connect_timeout": CONNECT}, "pool_pre_ping": True}
+                options: dict[str, Any] = {"connect_args": {**PATIENCE}, "pool_pre_ping": True}
                 engine = create_engine(parsed, pool_size=2, **options)
                 return Database(engine, engine, engine.execution_options(isolation_level="AUTOCOMMIT"), None)
     raise ConfigError("--database: give a path, sqlite:///PATH or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
@@ -125,6 +129,8 @@ def _telling() -> Iterator[None]:
         yield
     except OURS:
         raise
+    except PoolTimeout:
+        raise Down("it is slow, and no connection is free") from None
     except DBAPIError as error:
         found: Any = error.orig
         full = SQLITE_FULL if isinstance(found, sqlite3.Error) else DISK_FULL

@@ -98,6 +98,7 @@ class Record:
         self.teller = self.spoken = None
         self.ended = time.monotonic()
         said = sum(len(turn.content) for turn in self.turns if isinstance(turn.content, str))
+        said += sum(len(call.function.arguments) for turn in self.turns for call in turn.tool_calls or ())
         self.size = len(self.final) + sum(map(len, self.events)) + said
 
     def abandon(self) -> None:

@@ -1,5 +1,6 @@
 """The tables on SQLite and PostgreSQL: made, brought up and down, guarded against newer programs; keys in them."""
 
+import contextlib
 import stat
 import threading
 from collections.abc import Callable
@@ -83,6 +84,13 @@ def test_a_reader_does_not_wait_for_a_writer_and_another_writer_waits_a_second(t
             raise AssertionError("two writers at once")
     one.close()
     other.close()
+
+
+def test_who_finds_no_free_connection_is_told_so(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database.reader.pool, "_timeout", 0.01)
+    with contextlib.ExitStack() as stack, pytest.raises(Down, match="no connection is free"):
+        for _ in range(40):
+            stack.enter_context(database.reading())
 
 
 @pytest.mark.parametrize("given", ["mysql://x/y", "nonsense://", "sqlite://"])
