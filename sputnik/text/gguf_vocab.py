@@ -145,7 +145,7 @@ def _add_post_processor(full: tokenizers.Tokenizer, config: Mapping[str, Any]) -
     steps: list[processors.PostProcessor] = [processors.ByteLevel(trim_offsets=False)]
     bos = config.get("bos_token")
     if config["add_bos_token"] and bos is not None:
-        steps.append(processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, full.token_to_id(bos))]))
+        steps.append(processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, full.token_to_id(bos))]))
     full.post_processor = processors.Sequence(steps)
 
 

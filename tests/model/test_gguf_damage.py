@@ -124,3 +124,11 @@ def test_a_header_that_promises_a_billion_layers_is_refused_at_once(build: Build
     rewrite(path, key("block_count", 10**9))
     with pytest.raises(CheckpointError, match="block_count is larger than its"):
         load_model(path)
+
+
+def test_the_ends_of_a_turn_and_of_a_message_are_ends(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    write_gguf(weights_of(build()), path, "F32")
+    ids = {"eos": 5, "eot": 7, "eom": 5}
+    rewrite(path, lambda metadata, _: metadata.update({f"tokenizer.ggml.{k}_token_id": v for k, v in ids.items()}))
+    assert load_model(path).config.end_ids == (5, 7)
