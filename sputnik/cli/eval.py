@@ -263,7 +263,7 @@ def published_table(name: str, ours: list[EvalResult]) -> Table:
         rows = list(zip(*rows, strict=True))
     lines = Table(title=published.title, title_justify="left", caption="\n".join(grid.notes), caption_justify="left")
     for column in rows[0]:
-        lines.add_column(column)
+        lines.add_column(column, overflow="fold")
     for row in rows[1:]:
         lines.add_row(*row)
     return lines

@@ -10,6 +10,7 @@ before such a run.
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ class PlanConfig:
 
 def main(config: PlanConfig) -> None:
     recipe = config.model.endswith(".toml")
+    if config.usd_per_hour is not None and not 0 <= config.usd_per_hour < math.inf:
+        raise ConfigError(f"--usd-per-hour {config.usd_per_hour}: a price in dollars, at least 0")
     if recipe:
         refuse_changed(config, ("tokens", "length", "precision", "recompute"), "is for a model; a recipe says its own")
     plan = plan_recipe(config) if recipe else plan_model(config)
@@ -230,7 +233,7 @@ def parse_count(text: str) -> float:
         number = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
     except ValueError:
         number = 0.0
-    if number <= 0:
+    if not 0 < number < math.inf:
         raise ConfigError(f"tokens {text!r}: write a positive number like 14.8T, 300M or 2e9")
     return number
 

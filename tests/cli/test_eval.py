@@ -102,6 +102,7 @@ def test_published_tables_show_every_source_and_ours_beside_them(
     shown = capsys.readouterr().out
     for each in tables():
         assert each.title in shown and all(source in shown for source in each.sources)
+    assert "…" not in shown, "no name is cut, however narrow the terminal is"
     assert main(["eval", str(saved), "--published", "stages"]) == 0
     shown = capsys.readouterr().out
     assert f"ours: {checkpoint}" in shown and "ours: arithmetic, 4 questions, k 2" in shown

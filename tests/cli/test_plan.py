@@ -88,11 +88,13 @@ def test_what_is_no_model_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
         read_shape(str(broken))
     assert sputnik(["plan", "tiny", "--hardware", "8xH9000"]) == 2
     assert capsys.readouterr().err.startswith("error: no hardware 'H9000'")
+    assert sputnik(["plan", "tiny", "--usd-per-hour", "nan"]) == 2
+    assert "--usd-per-hour nan: a price in dollars" in capsys.readouterr().err
 
 
 def test_counts_are_read_with_their_unit() -> None:
     assert [parse_count(text) for text in ("14.8T", "300m", "2e9", " 5K ", "17")] == [14.8e12, 3e8, 2e9, 5e3, 17]
-    for wrong in ("", "T", "-3M", "0", "1.2.3B", "3 million"):
+    for wrong in ("", "T", "-3M", "0", "1.2.3B", "3 million", "1e400"):
         with pytest.raises(ConfigError, match="14.8T"):
             parse_count(wrong)
 
