@@ -188,19 +188,21 @@ class Asking:
 
     def _form(self, request: ChatRequest, tools: Sequence[Mapping[str, Any]], choice: str) -> dict[str, Any]:
         """The grammar of the answer."""
-        wanted = request.response_format
+        wanted, many = request.response_format, request.parallel_tool_calls is not False
         forced = choice == "required" or choice.startswith("=")
         if wanted is None or wanted.type == "text":
             if not forced:
                 return {}
             only = None if choice == "required" else choice[1:]
-            return {"grammar": call_grammar(self.speech.tok, tools, only, request.parallel_tool_calls is not False)}
+            return {"grammar": call_grammar(self.speech.tok, tools, only, many)}
         if forced:
             raise Refusal(400, "response_format and a forced tool call exclude each other", param="response_format")
         if (wanted.type == "json_schema") != (wanted.json_schema is not None):
             raise Refusal(400, "json_schema goes with type json_schema", param="response_format")
-        schema = ANYTHING if wanted.json_schema is None else wanted.json_schema.schema
-        return {"schema": json.dumps(schema)}  # as text: it may hold numbers that no message to the worker could
+        schema = json.dumps(ANYTHING if wanted.json_schema is None else wanted.json_schema.schema)
+        if tools and choice == "auto":
+            return {"grammar": call_grammar(self.speech.tok, tools, None, many, schema)}
+        return {"schema": schema}  # as text: it may hold numbers that no message to the worker could
 
     # --- completions ---
 

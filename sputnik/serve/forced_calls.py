@@ -1,7 +1,7 @@
 """A grammar under which the answer is one or more calls of tools, their arguments after each tool's schema.
 
-For `tool_choice` required or a name: begun where the thought ends, as any grammar. DeepSeek's tags are control tokens,
-which a text cannot spell; the grammar names them by id.
+For `tool_choice` required or a name, and where the model may either call or answer in a form: begun where the thought
+ends, as any grammar. DeepSeek's tags are control tokens, which a text cannot spell; the grammar names them by id.
 """
 
 import json
@@ -14,8 +14,10 @@ from sputnik.text.tokenizer import TOOL_SEP, TOOLS, Tokenizer
 from sputnik.text.tools import definitions
 
 
-def call_grammar(tok: Tokenizer, tools: Sequence[Mapping[str, Any]], only: str | None, many: bool) -> str:
-    """In llguidance's Lark; `only`: the one tool that may be called, `many`: several times."""
+def call_grammar(
+    tok: Tokenizer, tools: Sequence[Mapping[str, Any]], only: str | None, many: bool, schema: str | None = None
+) -> str:
+    """In llguidance's Lark; `only`: the one tool that may be called, `many`: several times, `schema`: or an answer."""
     try:
         begin, end, call_begin, call_end = (f"<[{tok.control_id(name)}]>" for name in TOOLS[:4])
         sep = f"<[{tok.control_id(TOOL_SEP)}]>"
@@ -28,7 +30,7 @@ def call_grammar(tok: Tokenizer, tools: Sequence[Mapping[str, Any]], only: str |
     ]
     return "\n".join(
         [
-            f"start: {begin} call{'+' if many else ''} {end}",
+            f"start: {begin} call{'+' if many else ''} {end}" + ("" if schema is None else f" | %json {schema}"),
             f"call: {call_begin} ({' | '.join(f'tool{place}' for place in range(len(shapes)))}) {call_end}",
             *(f"tool{place}: {shape}" for place, shape in enumerate(shapes)),
         ]

@@ -12,6 +12,7 @@ import pytest
 
 from sputnik.engine.llm import LLM
 from sputnik.engine.params import SamplingParams
+from sputnik.text.tokenizer import TOOLS
 
 QUESTION: Any = [{"role": "user", "content": "What is 1 + 2?"}]
 TOOL = {
@@ -158,6 +159,17 @@ def test_a_conversation_takes_thoughts_and_calls_of_earlier_turns(server: Any) -
     assert reply.usage.completion_tokens > 0
     again = [*messages, reply.choices[0].message.model_dump(), *QUESTION]
     assert ask(server, messages=again, tools=[TOOL]).usage.prompt_tokens > reply.usage.prompt_tokens
+
+
+def test_with_tools_and_a_form_the_model_calls_or_answers_in_the_form(server: Any, llm: LLM) -> None:
+    begin = str(llm.tok.control_id(TOOLS[0]))
+    found = {}
+    for bias in (-100, 100):
+        asked = {"tools": [TOOL], "response_format": JSON, "logit_bias": {begin: bias}, "parallel_tool_calls": False}
+        found[bias] = ask(server, max_tokens=400, extra_body=OFF, **asked).choices[0]
+    assert json.loads(found[-100].message.content)["sum"] in (1, 2) and found[-100].finish_reason == "stop"
+    (call,) = found[100].message.tool_calls
+    assert json.loads(call.function.arguments)["a"] in (1, 2) and found[100].finish_reason == "tool_calls"
 
 
 def test_results_of_tools_stand_in_the_order_of_their_calls(server: Any) -> None:
