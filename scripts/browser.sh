@@ -9,8 +9,9 @@ if [ "$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="s
 fi
 command -v apt-get >/dev/null || { echo "browser: Chromium is missing, the browser test will be skipped"; exit 0; }
 echo "browser: installing Chromium for the report's browser test"
-if ! { $root apt-get -qq update && DEBIAN_FRONTEND=noninteractive $root apt-get -qq install -y --no-install-recommends chromium; } \
-  >/dev/null 2>/tmp/sputnik-browser.$$; then
-  echo "browser: could not install Chromium, the browser test will be skipped: $(tail -n 1 /tmp/sputnik-browser.$$)"
+log=$(mktemp); trap 'rm -f "$log"' EXIT
+if ! { $root apt-get -qq update && $root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
+  >"$log" 2>&1; then
+  echo "browser: could not install Chromium, the browser test will be skipped: $(tail -n 1 "$log")"
 fi
-rm -f /tmp/sputnik-browser.$$
+exit 0

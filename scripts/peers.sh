@@ -16,9 +16,9 @@ peers=${PEERS:-.peers}
 say() { echo "peers: $*"; }
 fail() { echo "peers: $*" >&2; exit 2; }
 
-# Fresh environment in $1, unless there is one; half-made ones are finished, for pip skips what is installed.
+# Fresh environment in $1, unless there is one; half-made ones are finished: pip skips what is installed.
 environment() {
-  [ -x "$1/bin/python" ] || "${PYTHON:-python3}" -m venv "$1" || fail "cannot make $1: is python3-venv installed?"
+  "$1/bin/python" -m pip --version >/dev/null 2>&1 || "${PYTHON:-python3}" -m venv "$1" || fail "cannot make $1: is python3-venv installed?"
   pip=("$1/bin/python" -m pip install --disable-pip-version-check --quiet --progress-bar off)
 }
 

@@ -10,7 +10,7 @@ command -v apt-get >/dev/null || { echo "$missing"; exit 0; }
 if [ "$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="sudo -n"; else echo "$missing"; exit 0; fi
 echo "postgres: installing PostgreSQL for its tests"
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-install() { DEBIAN_FRONTEND=noninteractive $root apt-get -qq install -y --no-install-recommends "$@"; }
+install() { $root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@"; }
 { $root apt-get -qq update && install postgresql-common &&
   $root sed -i "s/^#\?create_main_cluster.*/create_main_cluster = false/" /etc/postgresql-common/createcluster.conf &&
   install postgresql; } >"$work/log" 2>&1 || echo "$missing ($(tail -n 1 "$work/log"))"

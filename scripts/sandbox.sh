@@ -12,7 +12,7 @@ if [ "$(id -u)" = 0 ]; then root=""; elif sudo -n true 2>/dev/null; then root="s
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 if [ "$root" != none ]; then
   echo "sandbox: installing bubblewrap"
-  { $root apt-get -qq update && DEBIAN_FRONTEND=noninteractive $root apt-get -qq install -y --no-install-recommends bubblewrap; } \
+  { $root apt-get -qq update && $root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends bubblewrap; } \
     >"$work/log" 2>&1
 else
   echo "sandbox: unpacking bubblewrap into .venv/bin"
