@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sputnik.cost import Meter
@@ -135,7 +136,7 @@ class Loop:
                         self._one_step(stage, progress)
                 if self._saved_step != self.done:
                     self._save(stage)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 if is_disk_full(error):
                     raise DataError(f"disk full in {self.out}: make room and run the same command again") from error
                 raise

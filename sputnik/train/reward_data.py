@@ -7,8 +7,8 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sputnik.errors import DataError
 from sputnik.text.preferences import Judged, judged, split_held_out
@@ -68,22 +68,27 @@ def gather(
     """Read, split, render, drop what is too long, balance. Without `held_out` files a `share` of the prompts is."""
     kind = model.card.kind
 
-    def read(some: Sequence[Path]) -> tuple[list[Judged], list[str]]:
-        found: Found[tuple[str, Judged]] = read_records(some, partial(judged, kind), bad_lines)
-        return [item for _, item in found.kept], found.bad
+    def unit(record: Mapping[str, Any]) -> Unit:
+        item = judged(kind, record)
+        return Unit(item, tuple(model.from_text(item.messages, text) for text in item.answers))
+
+    def read(some: Sequence[Path]) -> tuple[list[Unit], list[str]]:
+        found: Found[tuple[str, Unit]] = read_records(some, unit, bad_lines)
+        return [each for _, each in found.kept], found.bad
 
     items, bad = read(files)
     counts = {"lines": len(items) + len(bad)}
     if held_out:
         outside, more = read(held_out)
         bad = bad + more
-        known = {item.key for item in outside}
-        train = [item for item in items if item.key not in known]
+        known = {each.source.key for each in outside}
+        train = [each for each in items if each.source.key not in known]
         counts |= {"held_out_lines": len(outside) + len(more), "also_held_out": len(items) - len(train)}
     else:
-        train, outside = split_held_out(items, share)
+        known = {item.key for item in split_held_out([each.source for each in items], share)[1]}
+        train, outside = ([each for each in items if (each.source.key in known) == side] for side in (False, True))
     limit = min(max_tokens, model.backbone.config.max_position_embeddings)
-    kept, tested = (_short_enough(model, side, limit) for side in (train, outside))
+    kept, tested = ([each for each in side if max(map(len, each.dialogues)) <= limit] for side in (train, outside))
     counts |= {"bad_lines": len(bad), "too_long": len(train) + len(outside) - len(kept) - len(tested)}
     if kind == "pairwise" and balanced:
         even = balance(kept, seed)
@@ -96,11 +101,6 @@ def gather(
         why = one_sided if counts.get("dropped_for_balance") else f"; give more data, or raise max_tokens = {limit}"
         raise DataError(f"nothing is left to {'score' if kept else 'train on'} ({told}){why}")
     return Data(kept, tested, counts, bad)
-
-
-def _short_enough(model: RewardModel, items: Sequence[Judged], limit: int) -> list[Unit]:
-    units = [Unit(item, tuple(model.from_text(item.messages, text) for text in item.answers)) for item in items]
-    return [unit for unit in units if max(map(len, unit.dialogues)) <= limit]
 
 
 def balance(units: Sequence[Unit], seed: int) -> list[Unit]:

@@ -330,6 +330,15 @@ def test_a_bad_line_is_named_with_its_number(tmp_path: Path, line: str, reason: 
     assert len(found) == 2 and len(bad) == 1 and "pairs.jsonl:3: " in bad[0]
 
 
+def test_a_line_that_no_template_can_say_is_named_with_its_number(parent: Path, tmp_path: Path) -> None:
+    robot = {"messages": [{"role": "robot", "content": "x"}, {"role": "user", "content": "q"}]}
+    records = [*pairs(40), {**robot, "chosen": "a", "rejected": "b"}]
+    with pytest.raises(DataError, match="pairs.jsonl:41: a message needs a role"):
+        data(parent, tmp_path, records)
+    found = data(parent, tmp_path, records, bad_lines="drop")
+    assert found.counts["bad_lines"] == 1 and "pairs.jsonl:41: " in found.bad[0]
+
+
 def test_a_label_must_be_true_or_false(tmp_path: Path) -> None:
     file = write(tmp_path / "labels.jsonl", [{"prompt": "q", "response": "a", "safe": 1}])
     with pytest.raises(DataError, match='jsonl:1: "safe" must be true or false'):
