@@ -17,14 +17,15 @@ from sputnik.text.tools import definitions
 def call_grammar(
     tok: Tokenizer, tools: Sequence[Mapping[str, Any]], only: str | None, many: bool, schema: str | None = None
 ) -> str:
-    """In llguidance's Lark; `only`: the one tool that may be called, `many`: several times, `schema`: or an answer."""
+    """In llguidance's Lark; `only`: the one tool that may be called, `many`: several times. `schema`: of the answer if
+    nothing has to be called; arguments are any object then, as always when the model calls by itself."""
     try:
         begin, end, call_begin, call_end = (f"<[{tok.control_id(name)}]>" for name in TOOLS[:4])
         sep = f"<[{tok.control_id(TOOL_SEP)}]>"
     except DataError:
         raise Refusal(400, "this model has no tokens for tool calls", param="tool_choice") from None
     shapes = [
-        f'"{each["name"]}" {sep} %json {json.dumps(_object(json.loads(each["parameters"])))}'
+        f'"{each["name"]}" {sep} %json {json.dumps(_object(json.loads(each["parameters"]) if schema is None else {}))}'
         for each in definitions(tools)
         if only in (None, each["name"])
     ]
