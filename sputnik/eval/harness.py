@@ -158,16 +158,15 @@ def evaluate(
     k: int,
     params: SamplingParams,
     template: str = "chat",
-    samples_to: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     baseline: BestConstant | None = None,
 ) -> EvalResult:
-    """Ask every problem `k` times. `samples_to` gets one JSON line per answer; `on_progress` counts questions.
+    """Ask every problem `k` times; `on_progress` counts questions.
 
     `baseline` spares the search for the best constant answer when the same problems are evaluated again and again.
     """
     model = Policy(sampler, tok, params, template)
-    return examine(model, task, pool, problems, k=k, samples_to=samples_to, on_progress=on_progress, baseline=baseline)
+    return examine(model, task, pool, problems, k=k, on_progress=on_progress, baseline=baseline)
 
 
 def examine(
@@ -181,8 +180,11 @@ def examine(
     on_progress: Callable[[int, int], None] | None = None,
     baseline: BestConstant | None = None,
 ) -> EvalResult:
-    """`evaluate` for any model. What `samples_to` already holds is not asked again."""
+    """`evaluate` for any model. `samples_to` gets one JSON line per answer; what it already holds is not asked again.
+    That needs a model whose `identity` tells it from others."""
     setting = model.setting
+    if samples_to is not None and isinstance(model, Policy):
+        raise ConfigError("weights in memory have no name to know their answers by: save them, and use models.Local")
     if k < 1 or not problems:
         raise ConfigError(f"nothing to evaluate: {len(problems)} questions with k={k}; both must be at least 1")
     if setting.decoding.get("temperature") == 0 and k > 1:

@@ -11,7 +11,7 @@ import torch
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sampler import Finish, Generation, Sampler
 from sputnik.errors import ConfigError, TaskError
-from sputnik.eval.harness import EvalResult, evaluate
+from sputnik.eval.harness import EvalResult, Policy, evaluate, examine
 from sputnik.model.config import ModelConfig
 from sputnik.model.transformer import Transformer
 from sputnik.tasks.base import Problem, Task, Verdict, load_task
@@ -168,15 +168,12 @@ def test_chunks_report_progress_keep_order_and_have_their_own_seeds(
     monkeypatch.setattr("sputnik.eval.harness.ROWS", 12)
     scripted, *_, problems = setting
     seen: list[tuple[int, int]] = []
-    path = tmp_path / "samples.jsonl"
-    result = evaluate(
-        *setting, k=4, params=WARM, samples_to=path, on_progress=lambda done, total: seen.append((done, total))
-    )
+    result = evaluate(*setting, k=4, params=WARM, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 8), (6, 8), (8, 8)]
     assert len(set(scripted.seeds)) == 3
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert [line["problem_id"] for line in lines] == [problem.id for problem in problems for _ in range(4)]
-    assert lines == list(result.samples)
+    assert [each["problem_id"] for each in result.samples] == [problem.id for problem in problems for _ in range(4)]
+    with pytest.raises(ConfigError, match="weights in memory have no name"):  # another policy would go on in the file
+        examine(Policy(*setting[:2], WARM), *setting[2:], k=4, samples_to=tmp_path / "samples.jsonl")
     first = list(scripted.seeds)
     evaluate(*setting, k=4, params=WARM)
     assert scripted.seeds[3:] == first
