@@ -98,7 +98,7 @@ class Reader:
         self.taken = 0
         """Ids read."""
         self._found: dict[Channel, list[str]] = {"thinking": [], "answer": []}
-        self._parser = None if in_thought is None else StreamParser(tok, in_thought)
+        self._parser = None if in_thought is None else StreamParser(tok, in_thought, self._stopping)
         self._calls = None if tools is None else CallParser(tok, tools)
         self._plain = Detokenizer(tok, skip_special=True)
         self._stops = StopFilter(params.stop)
@@ -123,20 +123,22 @@ class Reader:
             if not isinstance(taken, int):
                 self.calls += [] if taken is None else [taken]
                 return []
-        return self._passed([("answer", self._plain.feed(id))] if self._parser is None else self._parser.feed(id))
+        if self._parser is not None:
+            return self._kept(self._parser.feed(id))
+        return self._kept([("answer", self._stopping(self._plain.feed(id)))])
 
     def end(self, finish: Finish) -> list[tuple[Channel, str]]:
         """Call once: what was held back."""
         self.finish = finish
         cut = None if self._calls is None else self._calls.finish()
         self.calls += [] if cut is None else [cut]
-        rest = self._passed([("answer", self._plain.finish())] if self._parser is None else self._parser.finish())
-        return rest + self._kept([("answer", self._stops.finish())])
+        if self._parser is not None:
+            return self._kept([*self._parser.finish(), *self._parser.after_all(self._stops.finish())])
+        return self._kept([("answer", self._stopping(self._plain.finish())), ("answer", self._stops.finish())])
 
-    def _passed(self, pieces: list[tuple[Channel, str]]) -> list[tuple[Channel, str]]:
-        if self.taken <= self._wait:
-            return self._kept(pieces)
-        return self._kept([(c, self._stops.feed(text) if c == "answer" else text) for c, text in pieces])
+    def _stopping(self, text: str) -> str:
+        """What of the answer's text is certain; the first `min_tokens` ids end nothing."""
+        return text if self.taken <= self._wait else self._stops.feed(text)
 
     def _kept(self, pieces: list[tuple[Channel, str]]) -> list[tuple[Channel, str]]:
         found = [(channel, text) for channel, text in pieces if text]

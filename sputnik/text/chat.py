@@ -216,8 +216,9 @@ class StreamParser:
     With template "zero" the answer channel is all text outside the thought, tags included.
     """
 
-    def __init__(self, tok: Tokenizer, in_thought: bool) -> None:
-        self._tok = tok
+    def __init__(self, tok: Tokenizer, in_thought: bool, through: Callable[[str], str] = str) -> None:
+        """All text of the answer goes `through` a filter of stop strings, which see its white space as it comes."""
+        self._tok, self._through = tok, through
         self._inside = in_thought
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held: dict[Channel, str] = {"thinking": "", "answer": ""}
@@ -241,17 +242,24 @@ class StreamParser:
         """Call once after the last token: half a character left behind comes out as U+FFFD."""
         return self._emit(self._decoder.decode(b"", final=True))
 
+    def after_all(self, text: str) -> list[tuple[Channel, str]]:
+        """Call after `finish` with what the filter has kept back."""
+        return self._hold("answer", text)
+
     def _emit(self, text: str) -> list[tuple[Channel, str]]:
         channel: Channel = "thinking" if self._inside else "answer"
-        text = self._held[channel] + text
         if channel not in self._started:
             text = text.lstrip()
-        body = text.rstrip()
-        self._held[channel] = text[len(body) :]
-        if not body:
+        if not text:
             return []
         self._started.add(channel)
-        return [(channel, body)]
+        return self._hold(channel, self._through(text) if channel == "answer" else text)
+
+    def _hold(self, channel: Channel, text: str) -> list[tuple[Channel, str]]:
+        text = self._held[channel] + text
+        body = text.rstrip()
+        self._held[channel] = text[len(body) :]
+        return [(channel, body)] if body else []
 
 
 def _segments(tok: Tokenizer, ids: Sequence[int], in_thought: bool) -> list[tuple[Channel, list[int]]]:

@@ -128,7 +128,7 @@ def test_a_question_alone_is_a_message_of_the_user(llm: LLM) -> None:
 def test_stop_strings_leave_the_thought_alone(llm: LLM) -> None:
     free = llm.chat(QUESTION, THOUGHT)
     assert free.thinking and free.text
-    letter = next(letter for letter in free.text[1:] if letter in free.thinking and not letter.isspace())
+    letter = next(letter for letter in free.text[1:] if letter in free.thinking)
     found = llm.chat(QUESTION, replace(THOUGHT, stop=(letter,)))
     assert found.thinking == free.thinking
     assert found.text == free.text[: free.text.index(letter)] and found.finish == "stop"
@@ -264,6 +264,26 @@ def test_a_second_turn_finds_the_first_in_the_cache(llm: LLM) -> None:
 
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def test_white_space_ends_an_answer_when_it_comes(tok: Tokenizer) -> None:
+    for stop, text in (("\n", "3, 4"), ("\n\n", "3, 4\n1"), (" ", "3,"), ("\n2", "3, 4\n1")):
+        reader = Reader(tok, SamplingParams(stop=(stop,)), in_thought=True)
+        written = [*tok.encode("1 \n 2"), tok.end_think_id, *tok.encode("\n\n3, 4\n1\n\n2")]
+        while not reader.stopped:
+            reader.feed(written[reader.taken])
+        reader.end("stop")
+        assert (reader.text("thinking"), reader.text("answer")) == ("1 \n 2", text)
+        assert tok.decode(written[: reader.taken]).endswith(stop)
+
+
+def test_what_the_filter_kept_back_loses_its_white_space_alone(tok: Tokenizer) -> None:
+    for stop in ("3 \n no", "\n no", "no"):
+        reader = Reader(tok, SamplingParams(stop=(stop,)), in_thought=False)
+        for id in tok.encode(" 3 \n"):
+            reader.feed(id)
+        reader.end("length")
+        assert reader.text("answer") == "3"
 
 
 def test_calls_are_taken_out_of_the_answer_wherever_it_is_cut(tok: Tokenizer) -> None:
