@@ -50,7 +50,7 @@ class Create:
 
         scopes = frozenset(self.scope) or SCOPES
         grant = Grant(self.name, scopes, self.priority, _amount(self.budget), _moment(self.expires))
-        database, pepper = _open(self.database)
+        database, pepper = _open(self.database, new=True)
         with database.writing() as connection:
             key = create(connection, pepper, grant)
         database.close()
@@ -121,10 +121,10 @@ def main(config: KeysConfig) -> int:
     return 0
 
 
-def _open(url: str) -> "tuple[Database, str]":
+def _open(url: str, new: bool = False) -> "tuple[Database, str]":
     from sputnik.serve.books.access import open_keys
 
-    return open_keys(url, os.environ)
+    return open_keys(url, os.environ, new)
 
 
 def _amount(text: str) -> int | None:

@@ -50,7 +50,7 @@ def main(config: UsageConfig) -> int:
     from sputnik.serve.books.prices import load_prices
 
     currency, begin = load_prices(config.prices).currency, since(config.since)
-    database, _ = open_keys(config.database, os.environ)
+    database, _ = open_keys(config.database, os.environ, new=False)
     try:
         with database.reading() as connection:
             found = ledger.usage(connection, config.key, begin)

@@ -98,9 +98,14 @@ def touch(connection: Connection, used: dict[str, int]) -> None:
         connection.execute(update(Key).where(Key.id == id).values(used=at))
 
 
-def open_keys(url: str, environment: MutableMapping[str, str]) -> tuple[Database, str]:
-    """The database, of this program's version, and the pepper of its keys. ConfigError: what is wrong with them."""
+def open_keys(url: str, environment: MutableMapping[str, str], new: bool = True) -> tuple[Database, str]:
+    """The database, of this program's version, and the pepper of its keys. ConfigError: what is wrong with them.
+
+    `new`: a file that is named and not there is made.
+    """
     database = open_database(url)
+    if url and not new and database.path is not None and not database.path.exists():
+        raise ConfigError(f"--database {name_of(database)}: there is none; `sputnik keys create` makes it")
     upgrade(database)
     pepper = read_pepper(environment)
     try:
