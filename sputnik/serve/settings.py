@@ -44,6 +44,8 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     """Seconds between probes."""
     first: float = 300.0
     """Seconds that a first token may take."""
+    whole: float = 1800.0
+    """Seconds that an answer may take which is not streamed: nothing is heard of it before its end."""
     stall: float = 60.0
     """Seconds of silence in the middle of an answer."""
 

@@ -172,7 +172,7 @@ class Forward:
         body = msgspec.json.encode(wish.fields | {"model": self._fleet.own_name(replica, wish.model)})
         try:
             async with (
-                asyncio.timeout_at(self._patience(settings.first)) as self._scope,
+                asyncio.timeout_at(self._patience(settings.first if wish.stream else settings.whole)) as self._scope,
                 self._fleet.ask(replica, self._path, body, self._headers) as response,
             ):
                 if response.status_code != 200:

@@ -82,6 +82,9 @@ class Handler(BaseHTTPRequestHandler):
             case "hang":
                 while self.server.fake.mode == "hang":
                     time.sleep(0.02)
+            case "slow":
+                time.sleep(0.1)
+                self._whole(200, WHOLE)
             case "500" | "429" | "400" | "401":
                 self._whole(int(mode), {"error": {"message": f"said {mode}", "param": "messages"}})
             case "poison":

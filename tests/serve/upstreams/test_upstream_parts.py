@@ -107,8 +107,8 @@ def test_a_wish_is_guessed_by_its_length_and_its_limits() -> None:
 
 
 def test_whole_and_streamed_answers_cost_the_same(fakes: list[Any]) -> None:
-    async def run(stream: bool) -> Tokens:
-        fleet = Fleet(UpstreamSettings([fakes[0].url], []), lambda slots: None, lambda tokens: None)
+    async def run(stream: bool, first: float = 20) -> Tokens:
+        fleet = Fleet(UpstreamSettings([fakes[0].url], [], first=first), lambda slots: None, lambda tokens: None)
         fleet.replicas[0].models = {"inner": {}}
         fleet.replicas[0].breaker.worked("probe", 0)
         body = {"model": "inner", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
@@ -120,6 +120,8 @@ def test_whole_and_streamed_answers_cost_the_same(fakes: list[Any]) -> None:
         return tokens_of(forward.tally())
 
     assert asyncio.run(run(False)) == asyncio.run(run(True)) == Tokens(hit=4, miss=3, output=3)
+    fakes[0].mode = "slow"
+    assert asyncio.run(run(False, first=0.02)) == Tokens(hit=4, miss=3, output=3), "its first token comes with the last"
 
 
 @pytest.mark.parametrize(
