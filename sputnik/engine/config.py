@@ -23,7 +23,7 @@ class EngineConfig:
     chunk: int = 512
     """Prompt tokens computed in a step that also decodes."""
     precision: str = "auto"
-    """fp32 or bf16: of the cache, and of the weights unless `weights` says otherwise."""
+    """fp32 or bf16: of the cache, and of the weights unless `weights` says otherwise. auto: the faster one here."""
     weights: str | None = None
     """int8 or int4: weight-only quantisation; fp8 on a GPU."""
     exact: bool = False

@@ -47,7 +47,8 @@ class Engine:
         self.model, self.eos_ids, self.clock = model, tuple(eos_ids), clock
         self.config = config = config or EngineConfig()
         self.device = model.lm_head.weight.device
-        precision = resolve_precision(config.precision)
+        on_gpu = config.precision == "auto" and self.device.type == "cuda"  # the CPU's speed says nothing of it
+        precision = "bf16" if on_gpu else resolve_precision(config.precision)
         blocks = cache_blocks(model.config, config, precision, self.device.type)
         pool = BlockPool(blocks, config.block_size)
         step = max(2048, config.max_running + config.chunk)

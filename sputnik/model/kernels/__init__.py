@@ -50,9 +50,16 @@ def load() -> bool:
     if os.environ.get(SWITCH, "on") == "off":
         return False
     path = library_path()
-    if path.exists():
+    if not path.exists():
+        return False
+    try:
         torch.ops.load_library(str(path))
-    return path.exists()
+    except OSError as error:  # built in another container, say, that shares the cache directory
+        raise SputnikError(
+            f"{path} cannot be loaded ({str(error).partition(chr(10))[0]}): delete it and run `python -m "
+            f"sputnik.model.kernels` again, or set {SWITCH}=off"
+        ) from None
+    return True
 
 
 def why_not() -> str | None:
