@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -199,8 +199,9 @@ class Terminal:
         self.console.print(f"{name}, context {context} tokens; /help lists the commands", style="dim", markup=False)
         with on_signal(signal.SIGQUIT, self.conversation.answer_now):
             while True:
+                self.console.print()
                 try:
-                    question = self.console.input("\n[bold]> [/]").strip()
+                    question = input("> ").strip()  # not rich's: readline must know the prompt, or it wipes it
                 except (KeyboardInterrupt, EOFError):
                     self.console.print()
                     return
@@ -297,7 +298,7 @@ def command(conversation: Conversation, text: str) -> str:
 
 def run_pipe(conversation: Conversation, usd_per_hour: float) -> None:
     """One question per input line, one answer per output line; figures and command replies go to stderr."""
-    for line in sys.stdin:
+    for line in _decoded(sys.stdin):
         question = line.strip()
         if question == "/quit":
             return
@@ -309,6 +310,13 @@ def run_pipe(conversation: Conversation, usd_per_hour: float) -> None:
             assert conversation.last is not None
             print(" ".join(conversation.last.answer.split()), flush=True)
             print(conversation.last.line(usd_per_hour), file=sys.stderr)
+
+
+def _decoded(lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise DataError(f"the input is not {error.encoding}: convert it, e.g. with iconv") from None
 
 
 def main(config: ChatConfig) -> None:

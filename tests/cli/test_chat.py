@@ -1,6 +1,7 @@
 """The terminal chat with a real (untrained) model: pieces, history, pipes, and Ctrl-C on a real terminal."""
 
 import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sputnik.cli.chat import ROOM, Conversation, TagFilter, command, printable
+from sputnik.cli.chat import ROOM, Conversation, TagFilter, command, printable, run_pipe
 from sputnik.engine.llm import LLM
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sample import Request
@@ -218,7 +219,17 @@ def test_ctrl_backslash_asks_for_the_answer(checkpoint: Path) -> None:
     leave_by_ctrl_d(terminal)
 
 
-def test_ctrl_d_leaves(checkpoint: Path) -> None:
+def test_ctrl_d_leaves_and_a_wiped_line_keeps_its_prompt(checkpoint: Path) -> None:
     terminal = pexpect.spawn(sys.executable, ["-m", "sputnik", "chat", str(checkpoint)], env=ENVIRONMENT, timeout=120)  # type: ignore[arg-type]
     terminal.expect("> ")
+    terminal.send("a question")
+    terminal.expect("a question")
+    terminal.send("\x15")  # Ctrl-U
+    terminal.expect_exact("\r\x1b[C\x1b[C\x1b[K", timeout=30)  # what is cleared begins two columns to the right
     leave_by_ctrl_d(terminal)
+
+
+def test_piped_input_in_another_encoding_is_told(conversation: Conversation, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(DataError, match="the input is not utf-8: convert it"):
+        run_pipe(conversation, 0.1)
