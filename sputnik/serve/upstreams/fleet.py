@@ -249,7 +249,7 @@ async def read_object(response: httpx2.Response) -> dict[str, Any]:
             raise ValueError(f"more than {MOST_READ} bytes")
     try:
         value = msgspec.json.decode(found)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         raise ValueError("what came is not JSON") from None
     if not isinstance(value, dict):
         raise ValueError("what came is not a JSON object")

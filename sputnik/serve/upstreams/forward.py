@@ -268,7 +268,7 @@ class Forward:
 def _frame(data: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):
         raise ValueError("a chunk that is no JSON object") from None
 
 

@@ -218,7 +218,7 @@ class Lifted:
         for call in self._calls:
             try:
                 good = bool(call.name) and isinstance(msgspec.json.decode(call.arguments or "{}"), dict)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 good = False
             if good:
                 self._called = True

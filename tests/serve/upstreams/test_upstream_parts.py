@@ -4,6 +4,8 @@ import asyncio
 import random
 from typing import Any
 
+import httpx2
+import msgspec
 import pytest
 
 from sputnik.cli.serve import ServeConfig
@@ -14,8 +16,8 @@ from sputnik.serve.refusals import Refusal
 from sputnik.serve.settings import UpstreamSettings
 from sputnik.serve.upstreams.breaker import Breaker, Rules
 from sputnik.serve.upstreams.events import LONGEST, Events
-from sputnik.serve.upstreams.fleet import Fleet
-from sputnik.serve.upstreams.forward import Forward
+from sputnik.serve.upstreams.fleet import Fleet, read_object
+from sputnik.serve.upstreams.forward import Forward, _frame
 from sputnik.serve.upstreams.plain import completed, read, wish_of
 
 
@@ -85,6 +87,15 @@ def test_events_are_the_same_however_they_are_split(events_of_a_stream: list[byt
         Events().feed(b"data: " + b"x" * LONGEST)
 
 
+def test_what_nests_without_end_is_nonsense_as_any_other() -> None:
+    """And no error of ours: a list of models that is read so would end the gateway."""
+    deep = b'{"data":' * 100_000
+    with pytest.raises(ValueError, match="no JSON object"):
+        _frame(deep)
+    with pytest.raises(ValueError, match="not JSON"):
+        asyncio.run(read_object(httpx2.Response(200, content=deep)))
+
+
 def test_usage_never_makes_up_a_cache() -> None:
     assert completed({"prompt_tokens": 5})["prompt_cache_told"] is False
     found = completed({"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": 9}})
@@ -107,21 +118,26 @@ def test_a_wish_is_guessed_by_its_length_and_its_limits() -> None:
 
 
 def test_whole_and_streamed_answers_cost_the_same(fakes: list[Any]) -> None:
-    async def run(stream: bool, first: float = 20) -> Tokens:
-        fleet = Fleet(UpstreamSettings([fakes[0].url], [], first=first), lambda slots: None, lambda tokens: None)
-        fleet.replicas[0].models = {"inner": {}}
-        fleet.replicas[0].breaker.worked("probe", 0)
+    async def ask(fleet: Fleet, stream: bool) -> Tokens:
         body = {"model": "inner", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
         forward = Forward(fleet, "/chat/completions", wish_of(body, "chat"), None)
         forward.start()
         while await forward.more():
             continue
-        await fleet._client.aclose()
         return tokens_of(forward.tally())
 
-    assert asyncio.run(run(False)) == asyncio.run(run(True)) == Tokens(hit=4, miss=3, output=3)
-    fakes[0].mode = "slow"
-    assert asyncio.run(run(False, first=0.02)) == Tokens(hit=4, miss=3, output=3), "its first token comes with the last"
+    async def run() -> list[Tokens]:
+        fleet = Fleet(UpstreamSettings([fakes[0].url], []), lambda slots: None, lambda tokens: None)
+        fleet.replicas[0].models = {"inner": {}}
+        fleet.replicas[0].breaker.worked("probe", 0)
+        found = [await ask(fleet, stream) for stream in (False, True)]
+        fakes[0].mode = "slow"
+        fleet.settings = msgspec.structs.replace(fleet.settings, first=0.02)
+        found.append(await ask(fleet, False))  # its first token comes with the last
+        await fleet._client.aclose()
+        return found
+
+    assert asyncio.run(run()) == [Tokens(hit=4, miss=3, output=3)] * 3
 
 
 @pytest.mark.parametrize(
