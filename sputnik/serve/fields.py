@@ -55,6 +55,8 @@ class ChatMessage(Strict, frozen=True):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+    name: Annotation | None = None
+    """Of who speaks, or of the tool: agents send it with every result."""
 
 
 class StreamOptions(Strict, frozen=True):

@@ -153,7 +153,7 @@ def test_a_conversation_takes_thoughts_and_calls_of_earlier_turns(server: Any) -
         {"role": "developer", "content": "Be short."},
         {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 2?"}]},
         {"role": "assistant", "content": None, "reasoning_content": "hm", "reasoning": "hm", "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "3"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "3", "name": "add"},
     ]
     reply = ask(server, messages=messages, tools=[TOOL])
     assert reply.usage.completion_tokens > 0
