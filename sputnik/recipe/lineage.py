@@ -27,6 +27,7 @@ from sputnik.train.state import JsonLines, read_jsonl, strict_json, write_json
 
 Decision = Literal["skip", "continue", "run"]
 Status = Literal["running", "stopped", "failed", "done"]
+SOURCES = (".py", ".cpp", ".h", ".toml", ".jinja", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -162,20 +163,25 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
     ]
 
 
+def sources(package: Path) -> list[Path]:
+    """All that decides what a stage makes: the kernels' C++, templates and wordings as well as Python."""
+    return sorted(path for path in package.rglob("*") if path.suffix in SOURCES)
+
+
 @cache
 def code_version() -> str:
     """Git commit of the checkout if there is one, and a hash of the package's sources in any case."""
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
+    for path in sources(package):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
-    sources = digest.hexdigest()[:12]
+    content = digest.hexdigest()[:12]
     if not (package.parent / ".git").exists():
-        return sources
+        return content
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], cwd=package.parent, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return sources
-    return f"{head.stdout.strip()}/{sources}"
+        return content
+    return f"{head.stdout.strip()}/{content}"

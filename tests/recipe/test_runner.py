@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import sputnik
 from sputnik.errors import ConfigError, DataError
-from sputnik.recipe.lineage import Spent
+from sputnik.recipe.lineage import Spent, sources
 from sputnik.recipe.recipe import Kind, Recipe, read_recipe
 from sputnik.recipe.runner import StageContext, run_recipe
 
@@ -210,6 +211,11 @@ def test_a_changed_text_is_another_stage(tmp_path: Path, monkeypatch: pytest.Mon
     Path("notes/b.md").write_text("second")
     after = read(tmp_path, RECIPE, f'data.texts=["{texts}", "wiki-en"]').stage("data")
     assert after.hash != before.hash and after.settings[f"file {texts}"] != before.settings[f"file {texts}"]
+
+
+def test_the_version_of_the_code_is_that_of_kernels_and_wordings_too() -> None:
+    names = {path.name for path in sources(Path(sputnik.__file__).parent)}
+    assert names >= {"runner.py", "train.cpp", "general_en.toml", "chat.jinja"} and "model.safetensors" not in names
 
 
 def test_a_setting_may_be_longer_than_the_name_of_a_file(tmp_path: Path) -> None:
