@@ -40,6 +40,7 @@ from sputnik.model.config import PRESETS, ModelConfig
 from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.recipe.corpus import CorpusConfig
 from sputnik.recipe.evaluation import EvalConfig
+from sputnik.recipe.findings import is_card
 from sputnik.recipe.recipe import model_config, read_recipe
 from sputnik.recipe.stages import kind_of
 from sputnik.recipe.wording import count, duration, money, percent, power
@@ -87,6 +88,8 @@ def main(config: PlanConfig) -> None:
     if config.usd_per_hour is not None and not 0 <= config.usd_per_hour < math.inf:
         raise ConfigError(f"--usd-per-hour {config.usd_per_hour}: a price in dollars, at least 0")
     if recipe:
+        if is_card(Path(config.model)):
+            raise ConfigError(f"{config.model}: a card with a list of recipes; plan one of those")
         refuse_changed(config, ("tokens", "length", "precision", "recompute"), "is for a model; a recipe says its own")
     plan = plan_recipe(config) if recipe else plan_model(config)
     if config.json:

@@ -116,6 +116,9 @@ def test_recipe_is_planned_stage_by_stage(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert sputnik(["plan", str(path), "--tokens", "3M"]) == 2
     assert "--tokens is for a model; a recipe says its own" in capsys.readouterr().err
+    (tmp_path / "card.toml").write_text('recipes = ["small.toml"]')
+    assert sputnik(["plan", str(tmp_path / "card.toml")]) == 2
+    assert "a card with a list of recipes; plan one of those" in capsys.readouterr().err
 
 
 def test_work_grows_with_each_dial_of_a_stage() -> None:
