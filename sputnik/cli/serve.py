@@ -87,12 +87,19 @@ class ServeConfig(FrontConfig):
     top_p: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("max_tokens", 1), ("queue", 1), ("per_key", 1), ("drain", 0)):
+        bounds = {"slots": 1, "max_tokens": 1, "queue": 1, "per_key": 1, "drain": 0, "max_wait": 0}
+        for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"--temperature {self.temperature}: from 0 to 2")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}: above 0, up to 1")
         for port in (self.port, self.metrics_port):
             if not 0 < port < 65536:
                 raise ConfigError(f"port {port}: choose one between 1 and 65535")
+        if self.port == self.metrics_port:
+            raise ConfigError(f"--operator-port {self.port}: that is the port of the API, choose another")
         if self.open and self.host not in LOOPBACK:
             raise ConfigError(f"--open would let everybody use {self.host}: leave it out, or listen on 127.0.0.1")
         self._check_upstreams()

@@ -71,7 +71,7 @@ class Request(Base):
     """Reasoning included."""
     reasoning: Mapped[int] = mapped_column(BigInteger, default=0)
     ended: Mapped[str | None] = mapped_column(String(64))
-    """finished, aborted, crashed, or the code of an error; None while it runs."""
+    """finished, aborted or crashed (its gateway); None while it runs."""
 
 
 class Entry(Base):

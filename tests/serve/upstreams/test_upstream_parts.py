@@ -148,6 +148,10 @@ def test_whole_and_streamed_answers_cost_the_same(fakes: list[Any]) -> None:
         ({"upstream": ("http://user:secret@a",)}, "SPUTNIK_UPSTREAM_KEY"),
         ({"upstream": ("http://a",), "weights": "int8"}, "--weights is for a model of ours"),
         ({"model": "m", "affinity": True}, "--affinity"),
+        ({"port": 9000, "operator_port": 9000}, "--operator-port 9000: that is the port of the API"),
+        ({"temperature": 3.0}, "--temperature 3.0: from 0 to 2"),
+        ({"top_p": 0.0}, "--top-p"),
+        ({"max_wait": -1.0}, "--max-wait -1.0: at least 0"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: dict[str, Any], said: str) -> None:
