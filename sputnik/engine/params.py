@@ -15,8 +15,8 @@ from typing import Any
 
 from sputnik.errors import ConfigError
 
-COLDEST = 1e-4
-"""Temperatures between 0 and this overflow when logits are divided by them; 0 itself is greedy."""
+COLDEST, HOTTEST = 1e-4, 1e6
+"""Logits divided by a temperature between 0 and COLDEST overflow; 0 itself is greedy. At HOTTEST draws are uniform."""
 MOST = 1 << 14
 """Answers of one request."""
 CONSTRAINTS = ("schema", "regex", "grammar")
@@ -78,7 +78,7 @@ class SamplingParams:
     def _rules(self) -> Iterable[tuple[bool, str]]:
         """(broken?, what is asked for); comparisons are written so that NaN breaks them."""
         t, biases = self.temperature, self.logit_bias.values()
-        yield not (t == 0 or COLDEST <= t < math.inf), f"temperature = {t}: 0 (greedy) or at least {COLDEST}"
+        yield not (t == 0 or COLDEST <= t <= HOTTEST), f"temperature = {t}: 0 (greedy) or {COLDEST} to {HOTTEST:.0f}"
         yield not 0 < self.top_p <= 1, f"need 0 < top_p <= 1, got {self.top_p}"
         yield self.top_k < 0, f"top_k = {self.top_k}: a number of tokens, or 0 for all"
         yield not 0 <= self.min_p <= 1, f"need 0 <= min_p <= 1, got {self.min_p}"

@@ -285,6 +285,7 @@ def answer_block(text: str) -> tuple[str, bool]:
 
 def _slotted(message: Mapping[str, Any], slot: Callable[[str], str]) -> dict[str, Any]:
     """The message with its texts replaced by slots; of an assistant's turn only what follows its last thought."""
+    check_message(message)
     role, content = message.get("role"), message.get("content")
     calls = written(message.get("tool_calls") or ()) if role == "assistant" else []
     if calls and content is None:
@@ -295,6 +296,11 @@ def _slotted(message: Mapping[str, Any], slot: Callable[[str], str]) -> dict[str
         content = content.rpartition(END_THINK)[2].lstrip()
     functions = [{"function": {"name": slot(call.name), "arguments": slot(call.arguments)}} for call in calls]
     return {"role": role, "content": slot(content), "tool_calls": functions}
+
+
+def check_message(message: object) -> None:
+    if not isinstance(message, Mapping):
+        raise DataError(f'messages are a list of {{"role", "content"}}, and {message!r:.40} is none of these')
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]], template: str, tools: bool) -> None:

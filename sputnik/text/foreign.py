@@ -24,7 +24,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sputnik.errors import DataError
-from sputnik.text.chat import Prompt
+from sputnik.text.chat import Prompt, check_message
 from sputnik.text.tokenizer import END_THINK, Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -64,6 +64,7 @@ def render_own(
 
 def _content(message: Mapping[str, Any]) -> str:
     """Checked; of an assistant's turn what follows its thought."""
+    check_message(message)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES or not isinstance(content, str) or message.get("tool_calls"):
         raise DataError(

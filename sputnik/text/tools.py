@@ -44,7 +44,8 @@ def definitions(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """OpenAI's tool records, checked: name, description ("" if missing) and parameters ({} if missing) of each."""
     found: list[dict[str, Any]] = []
     for number, tool in enumerate(tools):
-        function = tool.get("function") if tool.get("type") == "function" else None
+        known = isinstance(tool, Mapping) and tool.get("type") == "function"
+        function = tool.get("function") if known else None
         if not isinstance(function, Mapping) or not _is_name(function.get("name")):
             raise DataError(
                 f'tool {number}: need {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}, '
@@ -64,7 +65,7 @@ def written(calls: Sequence[Mapping[str, Any]]) -> list[ToolCall]:
     """The `tool_calls` of an assistant's message; arguments may be a JSON text or an object."""
     found = []
     for call in calls:
-        function = call.get("function")
+        function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not _is_name(function.get("name")):
             raise DataError('a tool call needs {"type": "function", "function": {"name": ..., "arguments": ...}}')
         name, arguments = function["name"], function.get("arguments")

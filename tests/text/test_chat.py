@@ -94,6 +94,9 @@ def test_bad_messages_and_templates_are_refused(tok: Tokenizer) -> None:
     for message in ({"role": "robot", "content": "x"}, {"content": "x"}, {"role": "user"}):
         with pytest.raises(DataError, match="a message needs a role"):
             render(tok, [message])
+    for messages in (CONVERSATIONS[0][0], [("user", "x")], ["x"]):  # one without a list around it, others' forms
+        with pytest.raises(DataError, match=r"messages are a list of .* is none of these"):
+            render(tok, messages)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="unknown template 'zeor'"):
         render(tok, CONVERSATIONS[0], template="zeor")
     with pytest.raises(ConfigError, match="unknown template 'zeor'"):

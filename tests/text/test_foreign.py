@@ -143,12 +143,13 @@ def test_the_template_of_its_own_file_and_of_a_list_is_found(save: Callable[...,
         ("{{ messages.__class__.__mro__ }}", CONVERSATIONS[0], "refuses"),
         ("{{ messages[7].content + 1 }}", CONVERSATIONS[0], "refuses"),
         ("{% for i in range(999999999) %}{% endfor %}", CONVERSATIONS[0], "refuses"),
+        (CHATML, {"role": "user", "content": "3"}, "messages are a list"),
         (CHATML, [{"role": "tool", "content": "3"}], "role 'tool'"),
         (CHATML, [{"role": "user", "content": ["parts"]}], "content text"),
     ],
 )
 def test_what_cannot_be_rendered_is_an_error_of_one_line(
-    save: Callable[..., Path], template: str | None, messages: list[dict[str, Any]], words: str
+    save: Callable[..., Path], template: str | None, messages: Any, words: str
 ) -> None:
     with pytest.raises(DataError, match=words):
         render_own(Tokenizer.load(save(template)), messages)

@@ -223,6 +223,7 @@ def test_whatever_a_model_writes_is_told_apart(tok: Tokenizer, pieces: list[str]
     ("tools", "message"),
     [
         ([{"type": "function"}], "tool 0: need"),
+        (CLOCK, "tool 0: need"),
         ([{"type": "retrieval", "function": {"name": "a"}}], "tool 0: need"),
         ([CLOCK, {"type": "function", "function": {"name": "a b"}}], "tool 1: need"),
         ([CLOCK, CLOCK], "tool clock is defined twice"),
@@ -238,6 +239,7 @@ def test_definitions_that_cannot_be_shown_are_refused(tok: Tokenizer, tools: lis
 def test_calls_that_cannot_be_shown_are_refused(tok: Tokenizer) -> None:
     for calls, message in (
         ([{"id": "x"}], "a tool call needs"),
+        ({"function": {"name": "a"}}, "a tool call needs"),
         (called(("a b", "{}")), "a tool call needs"),
         (called(("a", "{")), "call of a: arguments are not JSON"),
         (called(("a", "[]")), "call of a: arguments are not a JSON object"),
