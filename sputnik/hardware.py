@@ -9,6 +9,7 @@ Left out: links between devices, NUMA, and CPUs whose clock depends on how hot t
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -71,7 +72,11 @@ def hardware(name: str, usd_per_hour: float | None = None) -> Hardware:
             usd_per_hour = float(given)
         except ValueError:
             raise ConfigError(f"{PRICE_VARIABLE}={given!r}: set it to dollars per hour, for example 0.10") from None
-    return found if usd_per_hour is None else replace(found, usd_per_hour=usd_per_hour, price="given by the user")
+    if usd_per_hour is None:
+        return found
+    if not 0 <= usd_per_hour < math.inf:  # NaN neither: a ledger could not be read again
+        raise ConfigError(f"{usd_per_hour} dollars per hour are no price; give one of 0 or more")
+    return replace(found, usd_per_hour=usd_per_hour, price="given by the user")
 
 
 def fleet(spec: str, usd_per_hour: float | None = None) -> tuple[Hardware, int]:

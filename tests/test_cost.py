@@ -195,6 +195,10 @@ def test_price_given_beats_environment_beats_catalogue(monkeypatch: pytest.Monke
     monkeypatch.setenv("SPUTNIK_USD_PER_HOUR", "two")
     with pytest.raises(ConfigError, match="SPUTNIK_USD_PER_HOUR"):
         hardware("H800")
+    for price in ("nan", "inf", "-1"):
+        monkeypatch.setenv("SPUTNIK_USD_PER_HOUR", price)
+        with pytest.raises(ConfigError, match="dollars per hour are no price"):
+            hardware("H800")
 
 
 def test_cpu_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
