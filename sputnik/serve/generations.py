@@ -11,6 +11,7 @@ workers die without a new token ends with an error that says so, and so does one
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from sputnik.serve.measures import Tally
 from sputnik.serve.reading import Answer, Delta, Speech, merged
 from sputnik.serve.refusals import Refusal
 
-PATIENCE = 60.0
-"""Seconds that a broken answer waits for another worker."""
+PATIENCE = 300.0
+"""Seconds that a broken answer waits for another worker: one that drains has its time, and a large model loads long."""
 UNREAD = 128
 """Pieces that wait for a client who does not read, before they are joined."""
 
@@ -259,12 +260,13 @@ class Generation:
                 if self._deaths > (3 if self._written else 1):
                     self._give_up("the engine died over this request more than once")
                     return
+            left = math.inf if self._job.deadline is None else max(0.0, self._job.deadline - time.monotonic())
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(min(PATIENCE, left)):
                     while not self._begin():
                         await self._link.back.wait()
             except TimeoutError:
-                self._give_up(f"the engine was lost and did not come back within {PATIENCE:.0f} s")
+                self._give_up(f"the engine was lost and did not come back within {min(PATIENCE, left):.0f} s")
         finally:
             self._recovery = None
 

@@ -151,6 +151,25 @@ def test_who_is_refused_with_the_whole_request_known_is_in_nobodys_way(
     asyncio.run(run())
 
 
+def test_an_answer_waits_for_another_engine_no_longer_than_its_client_does(
+    make_front: Callable[..., Any], make_key: Callable[..., str]
+) -> None:
+    key = make_key("one")
+
+    async def run() -> None:
+        async with make_front() as front:
+            front.engine.paused = True
+            asked = asyncio.create_task(front.ask(key, headers={"x-request-timeout": "0.2"}))
+            await front.until(lambda: bool(front.engine._runs))
+            front.engine.hello = None
+            front.engine.back.clear()
+            front.engine.die()
+            answer = await asked
+            assert answer.status == 503 and answer.json["error"]["code"] == "engine_lost"
+
+    asyncio.run(run())
+
+
 def test_a_key_is_revoked_by_its_whole_name_or_by_what_is_shown_of_it(
     make_key: Callable[..., str], database: Database
 ) -> None:
