@@ -98,6 +98,8 @@ class ChoiceFile(Task):
             raise DataError(
                 f"{where}: answer {row.get('answer')!r} is neither letter, number from 0 nor text of a choice"
             )
+        if isinstance(row["answer"], int) and row["answer"] in choices and choices[right] != row["answer"]:
+            raise DataError(f"{where}: answer {row['answer']} is one choice and the number of another: use text")
         number = hash_of(f"choice/{question}")
         places = list(range(len(choices)))
         random.Random(f"{self.order}/{number}").shuffle(places)

@@ -110,6 +110,7 @@ def test_splits_do_not_overlap_and_a_benchmark_is_all_test(spec: str) -> None:
         ({"question": "?", "choices": ["x", "y"], "answer": 2}, "answer 2 is neither"),
         ({"question": "?", "choices": ["x", "y"], "answer": "C"}, "answer 'C' is neither"),
         ({"question": "?", "choices": ["x", "y"]}, "answer None is neither"),
+        ({"question": "1+1?", "choices": [1, 2, 3], "answer": 2}, "answer 2 is one choice and the number of another"),
     ],
 )
 def test_lines_that_are_no_question_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
@@ -117,3 +118,10 @@ def test_lines_that_are_no_question_are_named(tmp_path: Path, row: dict[str, Any
     task = load_task(write(tmp_path / "a.jsonl", [good, row]), {"benchmark": True})
     with pytest.raises(DataError, match=f"a.jsonl:2: .*{message}"):
         task.problems("test", 1)
+
+
+@pytest.mark.parametrize("answer", [0, "7", "A"])
+def test_choices_may_be_numbers(tmp_path: Path, answer: Any) -> None:
+    row = {"question": "3+4?", "choices": [7, 5, 8], "answer": answer}
+    (problem,) = load_task(write(tmp_path / "a.jsonl", [row]), {"benchmark": True}).problems("test", 1)
+    assert f"{problem.gold}) 7" in problem.prompt
