@@ -16,8 +16,9 @@ from sputnik.model.memory import available_memory
 @dataclass(frozen=True)
 class EngineConfig:
     cache_tokens: int | None = None
-    """Tokens the cache holds, over all requests; None: what `cache_bytes` holds, no more than can be used."""
+    """Tokens the cache holds, over all requests; None: what `cache_bytes` hold, no more than can be used."""
     cache_bytes: int = 1 << 30
+    """At most these, and no more than are free."""
     block_size: int = 16
     max_running: int = 256
     chunk: int = 512
@@ -78,21 +79,19 @@ def cache_blocks(shape: ModelConfig, config: EngineConfig, precision: str, devic
     """How many blocks the cache has. A ConfigError if this machine has no memory for them; GPUs are not asked."""
     layers = shape.num_hidden_layers + shape.num_nextn_predict_layers
     block = config.block_size * layers * shape.cache_width * (2 if precision == "bf16" else 4)
+    free = available_memory() if device == "cpu" else None
     if config.cache_tokens is None:
         usable = config.max_running * -(-shape.max_position_embeddings // config.block_size)
-        blocks = min(config.cache_bytes // block, usable)
-        if blocks < 1:
-            raise ConfigError(
-                f"cache_bytes = {config.cache_bytes}: one block of {config.block_size} tokens takes {block}"
-            )
-    else:
-        if config.cache_tokens < config.block_size:
-            raise ConfigError(f"cache_tokens = {config.cache_tokens}: at least one block of {config.block_size}")
-        blocks = -(-config.cache_tokens // config.block_size)
-    free = available_memory() if device == "cpu" else None
+        room = config.cache_bytes if free is None else min(config.cache_bytes, free)
+        if room < block:
+            raise ConfigError(f"a cache of {room} bytes: one block of {config.block_size} tokens takes {block}")
+        return min(room // block, usable)
+    if config.cache_tokens < config.block_size:
+        raise ConfigError(f"cache_tokens = {config.cache_tokens}: at least one block of {config.block_size}")
+    blocks = -(-config.cache_tokens // config.block_size)
     if free is not None and blocks * block > free:
         raise ConfigError(
             f"a cache of {blocks * config.block_size} tokens takes {blocks * block / 1e9:.2f} GB, {free / 1e9:.2f} GB "
-            "of memory are free: lower cache_tokens or cache_bytes"
+            "of memory are free: lower cache_tokens"
         )
     return blocks

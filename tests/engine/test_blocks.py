@@ -3,7 +3,9 @@
 import pytest
 
 from sputnik.engine.blocks import BlockPool
+from sputnik.engine.config import EngineConfig, cache_blocks
 from sputnik.errors import ConfigError
+from sputnik.model.config import ModelConfig
 
 
 def filled(pool: BlockPool, *tokens: int) -> tuple[int, bytes]:
@@ -100,3 +102,14 @@ def test_forgetting_empties_the_table_and_loses_no_block() -> None:
     pool.clear()
     assert pool.find(digest) is None and pool.free == 3
     assert sorted(pool.allocate() for _ in range(3)) == [0, 1, 2]
+
+
+def test_the_cache_of_a_small_machine_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, config = ModelConfig.preset("tiny"), EngineConfig(cache_bytes=1 << 30)
+    block = config.block_size * (shape.num_hidden_layers + 1) * shape.cache_width * 4
+    for free, blocks in ((None, 256 * 1024 // 16), (10**8, 10**8 // block), (block, 1)):
+        monkeypatch.setattr("sputnik.engine.config.available_memory", lambda free=free: free)
+        assert cache_blocks(shape, config, "fp32") == blocks
+    monkeypatch.setattr("sputnik.engine.config.available_memory", lambda: block - 1)
+    with pytest.raises(ConfigError, match="one block of 16 tokens takes"):
+        cache_blocks(shape, config, "fp32")
