@@ -192,6 +192,7 @@ class Supervisor:
                 for each in self._children:
                     each.look(now, drains=each is child)
                 self._listen()
-            codes.append(child.gave_up)
+            waited = child.process is None and child.gave_up is None  # to be started again: it has nothing to finish
+            codes.append(0 if waited else child.gave_up)
         self._say("stopped")
         return 0 if all(code == 0 for code in codes) else 1

@@ -44,6 +44,12 @@ def test_it_ends_with_its_terminal_and_a_child_that_was_loading_is_no_failure(nu
     assert code == 0 and said[-1] == "stopped", said
 
 
+def test_a_child_that_waits_to_be_started_again_is_no_failure() -> None:
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    code, said = run("/bin/false", settings=WorkerSettings("m", "socket"), rules=Rules(first=60, slowest=60))
+    assert code == 0 and "started again in 60.0 s" in said[-3] and said[-1] == "stopped", said
+
+
 def test_a_child_that_closes_its_beats_does_not_make_it_spin(monkeypatch: Any) -> None:
     looks = 0
     listen = Supervisor._listen
