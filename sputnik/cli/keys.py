@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.cli.console import Console
 from sputnik.errors import ConfigError, MissingPackage
@@ -32,7 +32,7 @@ UNITS = {"h": 3600, "d": 86_400, "w": 7 * 86_400}
 class Create:
     """Make a key; it is the last word of what is printed, and is shown this once."""
 
-    name: Positional[str]
+    name: Annotated[Positional[str], arg(metavar="NAME")]
     """What you call it: letters, digits and . _ @ / : + -"""
     scope: UseAppendAction[tuple[str, ...]] = ()
     """chat, completions or models; may be repeated. All of them if none is given."""
@@ -90,7 +90,7 @@ class List:
 class Revoke:
     """End a key, and what runs for it."""
 
-    key: Positional[str]
+    key: Annotated[Positional[str], arg(metavar="KEY")]
     """Its name, or the beginning of the key as `list` shows it."""
     database: str = ""
     """As that of `sputnik serve`."""

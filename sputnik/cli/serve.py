@@ -12,10 +12,10 @@ import tempfile
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import Positional, UseAppendAction, arg
 
 from sputnik.errors import ConfigError, MissingPackage
 from sputnik.serve.identity import key_hash, new_key
@@ -34,7 +34,7 @@ PACKAGES = ("fastapi", "granian", "prometheus_client", "setproctitle", "sqlalche
 class FrontConfig:
     """What is asked of whoever comes, whatever engine answers."""
 
-    model: Positional[str] = ""
+    model: Annotated[Positional[str], arg(metavar="[MODEL]")] = ""
     """A checkpoint directory, a GGUF file, a run, or the name of a run or a model (smollm2); r1-mini if left out."""
     host: str = "127.0.0.1"
     """The address to listen on; 0.0.0.0 for all."""
