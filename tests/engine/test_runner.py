@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,27 @@ def test_pages_chunks_and_company_give_the_plain_models_logits(kind: type, case:
     model, texts = make_model(CASES[case]), some_texts()
     for text, logits in zip(texts, Program(make(kind, model), texts, seed=1).run(), strict=True):
         torch.testing.assert_close(logits, model(torch.tensor([text]))[0], atol=2e-4, rtol=1e-4)
+
+
+@native
+@pytest.mark.parametrize("case", ["v3", "llama"])
+@torch.no_grad()
+def test_blocks_of_a_single_token_give_the_plain_models_logits(case: str) -> None:
+    """Token by token: at 14 and 15 of 16 the last scores end where the next head's begin."""
+    model, text = make_model(CASES[case]), some_texts((18,))[0]
+    runner = NativeRunner(model, 64, 1, "fp32", "fp32", False)
+    steps = [FlatBatch.of([([token], place, range(40, 40 + place + 1))], [0]) for place, token in enumerate(text)]
+    logits = torch.cat([runner.head(runner.forward(step)) for step in steps])
+    torch.testing.assert_close(logits, model(torch.tensor([text]))[0], atol=2e-4, rtol=1e-4)
+
+
+@native
+def test_a_batch_outside_of_its_blocks_is_refused() -> None:
+    runner = NativeRunner(make_model(GQA), 64, 4, "fp32", "fp32", False)
+    with pytest.raises(RuntimeError, match="position 4 of 4"):
+        runner.forward(FlatBatch.of([([1, 2], 3, [0])], [0]))
+    with pytest.raises(RuntimeError, match="must be its tokens"):
+        runner.forward(replace(FlatBatch.of([([1, 2], 0, [0])], [0]), starts=torch.tensor([0, 3])))
 
 
 @pytest.mark.parametrize("kind", RUNNERS)
@@ -260,6 +282,19 @@ def test_a_product_does_not_depend_on_the_number_of_rows(weights: str) -> None:
         assert torch.equal(torch.ops.sputnik.product(x[:count], w, weights), whole[:count])
     bound = {"fp32": 1e-6, "bf16": 5e-3, "int8": 0.02, "int4": 0.15}[weights]
     assert float((whole - x @ w.t()).norm() / (x @ w.t()).norm()) < bound
+
+
+@native
+@pytest.mark.parametrize("place", [0, 1, 17, 31])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantised_products_keep_nan(weights: str, place: int) -> None:
+    x, w = torch.randn(3, 64), torch.randn(40, 64)
+    x[1, place] = torch.nan
+    assert torch.ops.sputnik.product(x, w, weights).isnan().all(dim=1).tolist() == [False, True, False]
+    x, w[5, place] = torch.randn(3, 64), torch.nan
+    assert torch.ops.sputnik.product(x, w, weights).isnan().all(dim=0).nonzero().tolist() == [[5]]
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.sputnik.product(x[:, :32], w, weights)
 
 
 def test_unknown_weight_formats_are_refused() -> None:

@@ -116,9 +116,31 @@ def test_attention_tells_of_nan_and_of_segments_that_cannot_be() -> None:
         q[2] = torch.nan
     out = fused.causal(q, k, v, turns(8, 4), torch.tensor([[0, 4, 0, 0]]), 1.0)
     assert out[2].isnan().all() and not out[[0, 1, 3]].isnan().any()
-    for segments in ([[0, 9, 0, 0]], [[2, 2, 0, 2]], [[2, 3, 0, 0]], [[0, 2, 0, 0], [2, 2, 0, 1]]):
+    wrong = [[[0, 9, 0, 0]], [[2, 2, 0, 2]], [[2, 3, 0, 0]], [[0, 2, 0, 0], [2, 2, 0, 1]]]
+    for segments in [*wrong, [[0, 3, 0, 0]], [[0, 2, 0, 0], [1, 3, 0, 0]]]:  # a row in none, a row in two
         with pytest.raises(RuntimeError, match="attention:"):
             fused.causal(q, k, v, turns(8, 4), torch.tensor(segments), 1.0)
+
+
+def test_what_a_kernel_would_read_past_is_refused() -> None:
+    q, low = random(4, 2, 8), random(4, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="Float on the CPU is needed, not BFloat16"):
+        fused.causal(q, low, q, turns(8, 4), torch.tensor([[0, 4, 0, 0]]), 1.0)
+    with pytest.raises(RuntimeError, match="rows do not fit"):
+        fused.causal(q, q[:3], q, turns(8, 4), torch.tensor([[0, 4, 0, 0]]), 1.0)
+    with pytest.raises(RuntimeError, match="sizes do not fit"):
+        torch.ops.sputnik.swiglu_forward(torch.ones(2, 8), torch.ones(1, 8))
+    with pytest.raises(RuntimeError, match="target for each row"):
+        fused.loss_error_(torch.ones(3, 8), torch.zeros(2, dtype=torch.long))
+
+
+def test_norm_takes_the_gradient_of_a_plain_sum() -> None:
+    """Which is one number, seen as many."""
+    x, weight = random(3, 5), random(5)
+    inputs = [x, weight]
+    ours = torch.autograd.grad(fused.rms_norm(x, weight, 1e-5).sum(), inputs)
+    for got, expected in zip(ours, torch.autograd.grad(F.rms_norm(x, (5,), weight, 1e-5).sum(), inputs), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (3, 70, 48), (130, 33)])

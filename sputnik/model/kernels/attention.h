@@ -92,7 +92,8 @@ inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
 template <int R, class T>
 void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int64_t length, int64_t key_part, int64_t key,
                   int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, std::vector<float>& p) {
-  const int64_t size = pages.size, padded = (length + size + 15) / 16 * 16;
+  // Scores are stored four at a time: past a block's end by up to three, also where a block is a single token.
+  const int64_t size = pages.size, padded = (length + std::max<int64_t>(size, 4) + 15) / 16 * 16;
   if (static_cast<int64_t>(p.size()) < R * padded) p.resize(R * padded);
   for (int64_t start = 0; start < length; start += size) {
     const T* rows = pages.at(start / size, key_part);

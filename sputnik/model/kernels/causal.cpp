@@ -34,7 +34,7 @@ struct Heads {
 template <class T>
 Heads<T> heads(const at::Tensor& t) {
   TORCH_CHECK(t.dim() == 3 && t.stride(2) == 1, "attention: (rows, heads, width) with dense widths is needed");
-  return {reinterpret_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.size(2)};
+  return {elements<T>(t), t.stride(0), t.stride(1), t.size(2)};
 }
 
 struct Turns {
@@ -104,19 +104,24 @@ Call<T> make_call(const at::Tensor& query, const at::Tensor& key, const std::opt
                static_cast<float>(scale), query.size(1), key.size(1), query.size(2)};
   if (shared) call.shared = heads<const T>(*shared);
   TORCH_CHECK(key.size(2) + (shared ? shared->size(2) : 0) == call.width, "attention: keys and queries differ in width");
+  TORCH_CHECK(2 * call.turns.half <= call.width && query.size(1) % key.size(1) == 0 && value.size(1) == key.size(1), "attention: heads do not fit");
+  for (const at::Tensor& t : {key, value, shared ? *shared : key}) TORCH_CHECK(t.size(0) == query.size(0), "attention: rows do not fit");
   return call;
 }
 
-// Segments in families: each prefix with those that hang on it, the prefix first.
+// Segments in families: each prefix with those that hang on it, the prefix first. They must follow one another: a row that
+// is in none would be left as the memory was.
 std::vector<std::vector<Segment>> families(const at::Tensor& segments, int64_t positions, int64_t rows) {
   TORCH_CHECK(segments.scalar_type() == at::kLong && segments.dim() == 2 && segments.size(1) == 4 && segments.is_contiguous(), "segments: (S, 4)");
   const int64_t* p = segments.data_ptr<int64_t>();
   std::map<int64_t, size_t> family_of;
   std::vector<std::vector<Segment>> out;
+  int64_t end = 0;
   for (int64_t i = 0; i < segments.size(0); ++i, p += 4) {
     const Segment s{p[0], p[1], p[2], p[3]};
     TORCH_CHECK(s.keys() <= positions, "attention: more positions than the table has");
-    TORCH_CHECK(s.start >= 0 && s.count > 0 && s.start + s.count <= rows, "attention: a segment outside the rows");
+    TORCH_CHECK(s.start == end && s.count > 0 && s.count <= rows - end, "attention: a segment outside the rows, or not after the one before");
+    end += s.count;
     if (s.prefix_count == 0) {
       family_of[s.start] = out.size();
       out.push_back({s});
@@ -126,6 +131,7 @@ std::vector<std::vector<Segment>> families(const at::Tensor& segments, int64_t p
       out[found->second].push_back(s);
     }
   }
+  TORCH_CHECK(end == rows, "attention: rows in no segment");
   return out;
 }
 

@@ -130,6 +130,8 @@ std::tuple<at::Tensor, at::Tensor> choose(const at::Tensor& logits, const at::Te
                                           const at::Tensor& greedy, const at::Tensor& top_k, const at::Tensor& top_p, const at::Tensor& min_p, bool scored) {
   TORCH_CHECK(logits.scalar_type() == at::kFloat && logits.is_contiguous() && logits.dim() == 2 && logits.size(1) > 0, "choose: logits must be (R, V) fp32");
   const int64_t rows = logits.size(0), n = logits.size(1);
+  for (const at::Tensor& t : {positions, streams, temperature, greedy, top_k, top_p, min_p})
+    TORCH_CHECK(t.numel() == rows && t.is_contiguous(), "choose: one number a row is needed, not ", t.sizes());
   at::Tensor tokens = at::empty({rows}, at::kLong), values = at::empty({rows}, at::kFloat);
   const float *x = logits.data_ptr<float>(), *heat = temperature.data_ptr<float>(), *floor = min_p.data_ptr<float>();
   const int64_t *at = positions.data_ptr<int64_t>(), *stream = streams.data_ptr<int64_t>(), *k = top_k.data_ptr<int64_t>();

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <deque>
 #include <memory>
@@ -33,6 +34,14 @@ void by_type(const at::Tensor& t, const F& f) {
   if (t.scalar_type() == at::kFloat) f(float{});
   else if (t.scalar_type() == at::kBFloat16) f(bf16{});
   else TORCH_CHECK(false, "training kernels take float32 or bfloat16, not ", t.scalar_type());
+}
+
+// Elements of a tensor as T, which says bf16 as its bits.
+template <class T>
+T* elements(const at::Tensor& t) {
+  const at::ScalarType wanted = std::is_same_v<std::remove_const_t<T>, float> ? at::kFloat : at::kBFloat16;
+  TORCH_CHECK(t.scalar_type() == wanted && t.device().is_cpu(), "training kernels: ", wanted, " on the CPU is needed, not ", t.scalar_type());
+  return reinterpret_cast<T*>(t.data_ptr());
 }
 
 inline void save(float* to, __mmask16 mask, __m512 v) { _mm512_mask_storeu_ps(to, mask, v); }
@@ -119,7 +128,7 @@ class Scratch {
       ++p.block;
       p.used = 0;
     }
-    if (p.block == p.blocks.size()) p.blocks.emplace_back(std::max(size, SIZE));
+    if (p.block == p.blocks.size()) p.blocks.emplace_back(std::bit_ceil(std::max(size, SIZE)));  // a little more next time needs no other block
     float* at = p.blocks[p.block].data.get() + p.used;
     p.used += size;
     return at;

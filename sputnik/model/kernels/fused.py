@@ -118,8 +118,13 @@ class _Norm(torch.autograd.Function):
         total, scale, weight = ctx.saved_tensors
         if grad is None:
             return straight, straight, None, None
+        grad, straight = _dense_rows(grad), None if straight is None else _dense_rows(straight)
         grad_x, grad_weight = torch.ops.sputnik.norm_backward(grad, straight, total, scale, weight)
         return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

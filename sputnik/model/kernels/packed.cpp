@@ -31,6 +31,7 @@ void pack_quantised(const Packed& out, const float* w, int64_t unit, char* to) {
       // The value of largest size becomes +-127; the smallest 0 and the largest 15.
       scales[i] = static_cast<at::Half>(four ? (most - least) / 15 : std::max(-least, most) / 127);
       if (four) scales[UNIT + i] = static_cast<at::Half>(least);
+      if (std::any_of(values, values + GROUP, [](float v) { return std::isnan(v); })) scales[i] = static_cast<at::Half>(NAN);
       const float scale = static_cast<float>(scales[i]), inverse = scale == 0 ? 0 : 1 / scale;
       const float from = four ? static_cast<float>(scales[UNIT + i]) : 0;
       for (int64_t j = 0; j < GROUP; ++j) {
@@ -109,8 +110,9 @@ void prepare(Rows& rows, const float* x, int64_t m, int64_t k, int64_t ld, Forma
     for (int64_t place = begin; place < end; ++place) {
       const int64_t i = place / groups, g = place % groups;
       const __m512 a = _mm512_loadu_ps(x + i * ld + g * GROUP), b = _mm512_loadu_ps(x + i * ld + g * GROUP + 16);
-      const float size = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-      const __m512 inverse = _mm512_set1_ps(size == 0 ? 0 : 127 / size);
+      const bool odd = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);  // integers have no NaN: the scale keeps it
+      const float size = odd ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
+      const __m512 inverse = _mm512_set1_ps(size < 1e-36f ? 0 : 127 / size);
       const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)), qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(&rows.q[i * k + g * GROUP]), _mm512_cvtsepi32_epi8(qa));
       _mm_storeu_si128(reinterpret_cast<__m128i*>(&rows.q[i * k + g * GROUP + 16]), _mm512_cvtsepi32_epi8(qb));

@@ -105,7 +105,13 @@ void Runner::set_caches(std::vector<at::Tensor> given) {
 }
 
 Batch Runner::batch(const at::Tensor& positions, const at::Tensor& starts, const at::Tensor& tables) const {
+  for (const at::Tensor& t : {positions, starts, tables}) TORCH_CHECK(t.is_contiguous(), "a batch's tensors must be contiguous");
+  TORCH_CHECK(tables.dim() == 2 && starts.size(0) == tables.size(0) + 1, "a batch needs a row of blocks for each sequence");
   Batch b{positions.size(0), starts.size(0) - 1, positions.data_ptr<int64_t>(), starts.data_ptr<int64_t>(), tables.data_ptr<int32_t>(), tables.size(1), {}};
+  TORCH_CHECK(b.starts[0] == 0 && b.starts[b.sequences] == b.tokens && std::is_sorted(b.starts, b.starts + b.sequences + 1),
+              "the sequences of a batch must be its tokens");
+  const int64_t most = std::min(rope_table.size(0), caches.at(0).size(1) * b.table_width);
+  for (int64_t i = 0; i < b.tokens; ++i) TORCH_CHECK(b.positions[i] >= 0 && b.positions[i] < most, "position ", b.positions[i], " of ", most);
   b.sequence.resize(b.tokens);
   for (int64_t s = 0; s < b.sequences; ++s) std::fill(b.sequence.begin() + b.starts[s], b.sequence.begin() + b.starts[s + 1], static_cast<int32_t>(s));
   return b;
@@ -113,6 +119,7 @@ Batch Runner::batch(const at::Tensor& positions, const at::Tensor& starts, const
 
 at::Tensor Runner::forward(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& starts, const at::Tensor& tables, const at::Tensor& wanted) {
   const Batch b = batch(positions, starts, tables);
+  TORCH_CHECK(ids.size(0) == b.tokens, "a batch needs a position for each token");
   at::Tensor x = embedding.index_select(0, ids).to(at::kFloat);
   route_rows.clear();
   for (int64_t i = 0; i < main_layers; ++i) run(i, x.data_ptr<float>(), b);
@@ -136,11 +143,12 @@ void Runner::add_module(const Tensors& w) {
 
 at::Tensor Runner::ahead(int64_t index, const at::Tensor& next, const c10::optional<at::Tensor>& hidden, const at::Tensor& positions,
                          const at::Tensor& starts, const at::Tensor& tables, const at::Tensor& wanted) {
-  const Module& m = modules[index];
+  const Module& m = modules.at(index);
   const int64_t n = next.size(0), d = shape.hidden;
   const auto eps = static_cast<float>(shape.eps);
   const at::Tensor embedded = embedding.index_select(0, next).to(at::kFloat);
   const at::Tensor before = hidden.has_value() ? hidden->contiguous() : residual;
+  TORCH_CHECK(before.size(0) == n && positions.size(0) == n, "a prediction module needs the hidden states of its batch");
   at::Tensor joined = at::empty({n, 2 * d}, at::kFloat), x = at::empty({n, d}, at::kFloat);
   float* rows = joined.data_ptr<float>();
   for_rows(n, 4 * d, [&](int64_t i) {  // the embedding first: the order of the released weights
@@ -156,8 +164,9 @@ at::Tensor Runner::ahead(int64_t index, const at::Tensor& next, const c10::optio
 }
 
 at::Tensor Runner::logits(const at::Tensor& hidden) {
+  const at::Tensor rows = hidden.contiguous();
   at::Tensor out = at::empty({hidden.size(0), head.n}, at::kFloat);
-  product(hidden.data_ptr<float>(), hidden.size(0), shape.hidden, head, out.data_ptr<float>(), head.n);
+  product(rows.data_ptr<float>(), hidden.size(0), shape.hidden, head, out.data_ptr<float>(), head.n);
   return out;
 }
 
@@ -453,6 +462,7 @@ TORCH_LIBRARY(sputnik, m) {
   m.def("set_bf16_dot(bool on) -> ()", [](bool on) { sputnik::set_bf16_dot(on); });
   m.def("product(Tensor x, Tensor weight, str format) -> Tensor", [](const at::Tensor& x, const at::Tensor& weight, const std::string& format) {
     const sputnik::Packed w = sputnik::pack(weight, sputnik::parse_format(format));
+    TORCH_CHECK(x.dim() == 2 && x.size(1) == w.k, "product: ", x.sizes(), " and ", weight.sizes(), " do not fit");
     const at::Tensor rows = x.contiguous();
     at::Tensor out = at::empty({x.size(0), w.n}, at::kFloat);
     sputnik::product(rows.data_ptr<float>(), x.size(0), w.k, w, out.data_ptr<float>(), w.n);

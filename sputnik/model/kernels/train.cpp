@@ -29,6 +29,7 @@ float* target(const at::Tensor& t) { return const_cast<float*>(floats(t)); }
 // x (N, D), and what is added to it first -> (sum, norm of the sum, 1 / rms of each row). Without delta the sum is x.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_forward(const at::Tensor& x, const Maybe& delta, const at::Tensor& weight, double eps) {
   const int64_t rows = x.size(0), n = x.size(1);
+  TORCH_CHECK(weight.numel() == n && (!delta || delta->sizes() == x.sizes()), "norm: sizes do not fit");
   at::Tensor sum = delta ? at::empty({rows, n}, x.options()) : x, out = at::empty({rows, n}, x.options());
   at::Tensor scale = at::empty({rows}, x.options());
   const float *px = floats(x), *pd = delta ? floats(*delta) : nullptr, *pw = floats(weight);
@@ -126,10 +127,11 @@ float silu_times_backward(const T* grad, const T* gate, const T* up, int64_t n, 
 template <class T>
 T* dense(const at::Tensor& t) {
   TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), "a contiguous matrix is needed");
-  return reinterpret_cast<T*>(t.data_ptr());
+  return elements<T>(t);
 }
 
 at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {
+  TORCH_CHECK(up.sizes() == gate.sizes(), "swiglu: sizes do not fit");
   at::Tensor out = at::empty_like(gate);
   const int64_t n = gate.size(1);
   by_type(gate, [&](auto zero) {
@@ -145,6 +147,7 @@ at::Tensor swiglu_forward(const at::Tensor& gate, const at::Tensor& up) {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up) {
   at::Tensor act = at::empty_like(gate), grad_gate = at::empty_like(gate), grad_up = at::empty_like(gate);
   const int64_t n = gate.size(1);
+  TORCH_CHECK(grad.sizes() == gate.sizes(), "swiglu: sizes do not fit");
   by_type(gate, [&](auto zero) {
     using T = decltype(zero);
     const T *d = dense<T>(grad), *g = dense<T>(gate), *u = dense<T>(up);
@@ -251,6 +254,8 @@ std::tuple<at::Tensor, at::Tensor> experts_forward_of(const at::Tensor& x, const
   constexpr bool narrow_ = !std::is_same_v<T, float>;
   const int64_t width = x.size(1), wide = down.size(2), picks = slot.size(1), *e = ends.data_ptr<int64_t>(), *o = order.data_ptr<int64_t>();
   const int64_t matrix = width * wide;
+  TORCH_CHECK(gate_up.is_contiguous() && down.is_contiguous() && weights.is_contiguous(), "experts: contiguous weights are needed");
+  TORCH_CHECK(gate_up.numel() == 2 * ends.numel() * matrix && down.numel() == ends.numel() * matrix, "experts: sizes do not fit");
   at::Tensor inner = at::empty({order.numel(), 2 * wide}, x.options()), rows = at::empty({order.numel(), width}, weights.options());
   at::Tensor out = at::empty_like(x);
   const T* px = dense<T>(x);
@@ -349,6 +354,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_backward(cons
 // whose target is negative become zeros.
 at::Tensor loss_error(const at::Tensor& logits, const at::Tensor& targets) {
   const int64_t n = logits.size(1), *t = targets.data_ptr<int64_t>();
+  TORCH_CHECK(targets.numel() == logits.size(0) && targets.is_contiguous(), "a dense target for each row is needed");
   at::Tensor loss = at::empty({logits.size(0)}, logits.options());
   float *p = dense<float>(logits), *pl = target(loss);
   floats(logits);
