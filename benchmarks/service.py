@@ -11,6 +11,7 @@ a real model: ours, llama.cpp's server and vLLM's under the same load (serving/p
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -36,6 +37,15 @@ def row(case: str, ours: float, other: float | None, goal: str, met: bool, **mor
     rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in more.items()}
     shown = None if other is None else round(other, 3)
     return {"case": case, "ours": round(ours, 3), "idle": shown, "ratio": ratio, "goal": goal, "met": met} | rounded
+
+
+def finite(value: Any) -> Any:
+    """With null for what never came (inf) or was never measured (nan): JSON has neither."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def overhead(model: Path, args: argparse.Namespace) -> Iterator[Row]:
@@ -222,7 +232,7 @@ def main() -> None:
             if not args.json:
                 print(name, file=sys.stderr, flush=True)
             for each in CASES[name](model, args):
-                print(json.dumps(each), flush=True)
+                print(json.dumps(finite(each), allow_nan=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.service import finite, row
 from benchmarks.serving.files import Files
 from benchmarks.serving.measure import Bench, Case, summary
 from benchmarks.serving.side import Absent, Side
@@ -52,6 +53,19 @@ def test_a_peer_that_is_not_installed_names_the_script(files: Files) -> None:
 def test_a_side_that_dies_tells_its_last_words() -> None:
     with pytest.raises(Absent, match="ended with 3: no such model"):
         Side([sys.executable, "-c", "import sys; print('no such model', file=sys.stderr); sys.exit(3)"], {})
+
+
+def test_a_side_that_died_is_closed_whatever_it_was_still_asked() -> None:
+    child = """print('{"seconds": 0, "value": 0}', flush=True); input(); exit(3)"""
+    with Side([sys.executable, "-c", child], {}) as side:
+        for _ in range(2):
+            with pytest.raises(Absent, match="ended with 3"):
+                side.ask("generate")
+
+
+def test_a_row_with_a_time_that_never_came_is_json() -> None:
+    shown = finite(row("F4", float("inf"), 2.0, "<= 5", False, range=[float("nan"), 1.0]))
+    assert (shown["ours"], shown["idle"], shown["ratio"], shown["range"]) == (None, 2.0, None, [None, 1.0])
 
 
 def test_the_ratio_is_that_of_rounds_side_by_side() -> None:

@@ -127,7 +127,7 @@ def _folder(files: Files, model: Path) -> Path:
 
 
 async def loaded(server: PeerServer, rate: float, seconds: float, seed: int) -> list[Answer]:
-    dice = random.Random(seed)
+    dice = random.Random(f"{rate} {seed}")  # no prompt twice: it would be in the cache of those that have one
 
     def make(number: int) -> Ask:
         more: dict[str, Any] = {

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class Side(AbstractContextManager["Side"]):
     def __exit__(self, *_: object) -> None:
         for stream in (self.child.stdin, self.child.stdout):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # what the dead were to read
+                    stream.close()
         try:
             self.child.wait(timeout=20)
         except subprocess.TimeoutExpired:
