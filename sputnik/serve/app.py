@@ -32,7 +32,7 @@ from sputnik.serve.responses.routes import add_responses
 from sputnik.serve.responses.shelf import Shelf
 from sputnik.serve.service import Service
 from sputnik.serve.sources import OwnEngine
-from sputnik.serve.status import page, report
+from sputnik.serve.status import Fresh, page, report
 from sputnik.serve.telling import ChatTeller, CompletionTeller, Head, Teller
 
 METHODS = ("DELETE", "GET", "POST")
@@ -84,6 +84,8 @@ class Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._since = int(time.time())
+        self._page = Fresh(lambda: page(report(service, service.board), service.settings.name or "Sputnik"))
+        self._report = Fresh(lambda: msgspec.json.encode(report(service, service.board)))
 
     # --- answers ---
 
@@ -166,14 +168,16 @@ class Routes:
         body = parse(call.body, TokenizeRequest)
         if (body.prompt is None) == (body.messages is None):
             raise Refusal(400, "give prompt or messages, one of them")
-        ids = await reading(call, lambda: asking.tokens(body))
+        with self._service.counting(call.identity):
+            ids = await reading(call, lambda: asking.tokens(body))
         return JSONResponse({"count": len(ids), "max_model_len": asking.speech.context, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of ids."""
         call, asking = called(self._service, request)
         body = parse(call.body, DetokenizeRequest)
-        return JSONResponse({"prompt": asking.text(body.tokens, body.model)})
+        with self._service.counting(call.identity):
+            return JSONResponse({"prompt": await reading(call, lambda: asking.text(body.tokens, body.model))})
 
     async def balance(self, request: Request) -> Response:
         """What is left of the key's budget; without a budget there is nothing to tell."""
@@ -193,11 +197,11 @@ class Routes:
 
     async def status(self) -> Response:
         """What probes have found, for people."""
-        text, headers = page(report(self._service, self._service.board), self._service.settings.name or "Sputnik")
+        text, headers = self._page()
         return Response(text, 200, headers, "text/html")
 
     async def status_json(self) -> Response:
-        return JSONResponse(report(self._service, self._service.board))
+        return Response(self._report(), media_type="application/json")
 
     async def version(self) -> Response:
         return JSONResponse({"version": __version__})

@@ -12,7 +12,9 @@ request may cost when it is opened and what it did cost when it is closed.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -38,6 +40,8 @@ GOODBYE = 2.0
 """Seconds for telling those whose time is up."""
 PROBE_KEPT = 1.0
 """Seconds that a probe's result holds."""
+TEXTS, TEXTS_PER_KEY = 4, 2
+"""Texts that are counted at a time, beside requests, which admission bounds."""
 Name = tuple[str, str]
 """Account and request id."""
 
@@ -113,6 +117,8 @@ class Service:
         self.fingerprint = ""
         self.requests: dict[Name, Open] = {}
         self._by_ticket: dict[Ticket, Open] = {}
+        self._texts: Counter[str] = Counter()
+        """Being counted, by account."""
         self._probed: tuple[float, bool] = (0.0, False)
         self._probing: asyncio.Task[bool] | None = None
         self.closed: list[Callable[[Open, Tally], None]] = []
@@ -223,6 +229,20 @@ class Service:
             self.measures.queue.add(now - request.arrived)
             if request.booked or isinstance(request.job, Job):
                 request.job.start()
+
+    @contextmanager
+    def counting(self, identity: Identity) -> Iterator[None]:
+        """While the tokenizer works for somebody who wants nothing of the engine. Refusal 429 or 503: too many do."""
+        if self._texts[identity.id] >= TEXTS_PER_KEY:
+            raise self._refusal(Full("key", f"this key has {TEXTS_PER_KEY} long texts counted, its limit", 1.0))
+        if self._texts.total() >= TEXTS:
+            raise self._refusal(Full("server", f"{TEXTS} long texts are being counted", 1.0))
+        self._texts[identity.id] += 1
+        try:
+            yield
+        finally:
+            self._texts[identity.id] -= 1
+            self._texts += Counter()  # without those that have none
 
     # --- health ---
 

@@ -59,7 +59,8 @@ class OwnEngine:
 
     async def count(self, request: Request, chat: Callable[[], ChatRequest]) -> int:
         call, asking = called(self._service, request)
-        return await reading(call, lambda: asking.count(chat()))
+        with self._service.counting(call.identity):
+            return await reading(call, lambda: asking.count(chat()))
 
 
 class Ours:

@@ -1,7 +1,7 @@
 """The status page: `/status` for people, `/status.json` for programs, from real probes of this very server.
 
     task = asyncio.create_task(watch(service, board, "127.0.0.1", 8000, every))
-    html, headers = page(report)
+    html, headers = page(report);  shown = Fresh(lambda: page(report))
 
 The API is probed over its own socket, the engine by a real token. The page has no script, and a policy that would let
 none run. What has never worked yet is still being started; while the server drains, nothing is said of the engine. What
@@ -13,11 +13,11 @@ import base64
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -31,6 +31,23 @@ API_SECONDS = 5.0
 STARTING = 1.0
 """Seconds between probes before the first good one."""
 BARS = 96
+KEPT = 1.0
+"""Seconds for which a page is sent as it was made."""
+T = TypeVar("T")
+
+
+class Fresh(Generic[T]):
+    """What is made at most once a second, however many ask: they need no key."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: tuple[float, T] | None = None
+
+    def __call__(self) -> T:
+        now = time.monotonic()
+        if self._made is None or now - self._made[0] >= KEPT:
+            self._made = now, self._make()
+        return self._made[1]
 
 
 async def watch(service: Service, board: Board, host: str, port: int, every: float) -> None:

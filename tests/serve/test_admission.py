@@ -1,5 +1,6 @@
 """Who comes in and who is next: bounds hold whatever happens, nobody starves, and what is said about waiting is so."""
 
+import contextlib
 import random
 from collections import Counter
 from typing import Any, cast
@@ -343,3 +344,18 @@ def test_who_is_refused_for_its_deadline_is_not_started_by_the_next_end() -> Non
     assert (works[1].started, works[2].started) == (False, True)
     service.close(("a", "2"))
     assert (service.admission.waiting, service.admission.running, service.admission.door) == (0, 0, 0)
+
+
+def test_texts_are_counted_a_few_at_a_time_and_of_one_key_no_more_than_half() -> None:
+    service = Service(GatewaySettings("socket", "127.0.0.1", 1, 2, "m", None))
+    refused: list[int] = []
+    with contextlib.ExitStack() as under_way:
+        for identity in (ALICE, ALICE, ALICE, BOB, Identity("carol"), Identity("dora")):
+            try:
+                under_way.enter_context(service.counting(identity))
+            except Refusal as refusal:
+                refused.append(refusal.status)
+                assert refusal.retry_after == 1.0
+    assert refused == [429, 503] and service.measures.refused == {"rate_limit_exceeded": 1, "overloaded": 1}
+    with service.counting(ALICE):
+        assert service._texts == {"alice": 1}

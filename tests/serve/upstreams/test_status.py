@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from sputnik.serve.board import BUCKET, DAY, INCIDENTS, Board
-from sputnik.serve.status import BARS, bars, go_on, page
+from sputnik.serve.status import BARS, Fresh, bars, go_on, page
 
 NOW = 1_800_000_000.0
 
@@ -116,6 +116,15 @@ def test_the_page_has_no_script_and_could_run_none() -> None:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy and f"style-src 'sha256-{digest}'" in policy and "unsafe" not in policy
+
+
+def test_who_asks_often_is_sent_what_was_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter(range(9))
+    shown = Fresh(lambda: next(made))
+    monkeypatch.setattr("sputnik.serve.status.KEPT", 3600.0)
+    assert [shown(), shown()] == [0, 0]
+    monkeypatch.setattr("sputnik.serve.status.KEPT", 0.0)
+    assert [shown(), shown()] == [1, 2]
 
 
 def test_an_engine_that_goes_and_comes_back_is_an_incident(fakes: list[Any], start_gateway: Callable[..., Any]) -> None:
