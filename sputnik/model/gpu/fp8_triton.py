@@ -39,7 +39,8 @@ def _quantise(
     at = row.to(tl.int64)[:, None] * WIDTH + column
     real = (row < rows)[:, None] & (column < WIDTH)
     own = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(own), 1), SMALLEST) / LARGEST
+    odd = tl.max((own != own).to(tl.int32), 1) > 0  # maxima drop NaN: the scale keeps it
+    scale = tl.where(odd, float("nan"), tl.maximum(tl.max(tl.abs(own), 1), SMALLEST) / LARGEST)
     shrunk = tl.minimum(tl.maximum(own / scale[:, None], -LARGEST), LARGEST)
     tl.store(values + at, _round_e4m3(shrunk).to(tl.float8e4nv), mask=real)
     tl.store(scales + row * tl.cdiv(WIDTH, GROUP) + group, scale, mask=row < rows)

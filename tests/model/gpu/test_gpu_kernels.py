@@ -136,6 +136,13 @@ def test_groups_are_quantised_as_the_twin_does(rows: int, width: int) -> None:
     assert bool(((values.float() - plain.float()).abs() <= step).all())
 
 
+def test_quantised_groups_keep_nan() -> None:
+    x = numbers(3, 256, seed=0)
+    x[1, 130] = float("nan")
+    assert quantise_groups(x)[1].isnan().tolist() == [[False, False], [False, True], [False, False]]
+    assert Fp8Matrix.of(numbers(64, 256, seed=1)).product(x).isnan().all(dim=1).tolist() == [False, True, False]
+
+
 def test_a_quantised_group_is_within_a_sixteenth() -> None:
     x = numbers(9, 300, seed=0)
     values, scales = quantise_groups(x)
