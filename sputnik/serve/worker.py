@@ -68,6 +68,8 @@ class _Connection(Peer):
                 self._start(message)
             case wire.Abort() if message.run in self._preparing:
                 self._preparing.pop(message.run).cancel()
+            case wire.AnswerNow() if message.run in self._preparing:  # after its start: before it, it says nothing
+                self._preparing[message.run].add_done_callback(lambda task: self._desk.post(self, message))
             case _:
                 self._desk.post(self, message)
 

@@ -131,6 +131,21 @@ def test_a_wrong_grammar_is_refused_and_a_right_one_answers(worker: Any) -> None
     within(60, run())
 
 
+def test_a_thought_is_closed_on_request_while_the_grammar_of_its_answer_is_made(worker: Any, llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    prompt = llm.render([{"role": "user", "content": "What?"}])
+    params = SamplingParams(max_tokens=40, seed=1, regex="[ab]{30}", logit_bias={llm.tok.end_think_id: -100})
+
+    async def run() -> list[wire.Token]:
+        async with joined(worker.path) as channel:
+            channel.send(Start(1, list(prompt.ids), params, True))
+            channel.send(wire.AnswerNow(1))
+            return await tokens(channel, 1)
+
+    found = within(60, run())
+    assert found[-1].closed_by == "request" and llm.tok.end_think_id in [token.id for token in found[:5]]
+
+
 def test_beats_count_steps_and_sigterm_finishes_what_runs(start_worker: Callable[..., Any]) -> None:
     worker = start_worker()
     assert worker.wait(lambda beat: beat.state == "ready").busy == 0
