@@ -62,6 +62,7 @@ class Clerk:
 
     def write(self, work: Callable[[Connection], T], keep: bool = False, light: bool = False) -> "Future[T]":
         job = _Job(work, keep, light)
+        job.future.set_running_or_notify_cancel()  # who waits for it may be cancelled, it may not
         self._jobs.put(job)
         return job.future
 

@@ -10,6 +10,7 @@ What is kept can be read by who sends the Idempotency-Key and the API key again,
 alone: it is sealed with ChaCha20-Poly1305 under a secret made of those two.
 """
 
+import asyncio
 import functools
 import hashlib
 import re
@@ -117,10 +118,15 @@ class _Entry:
         self._name = _hash(call.identity.id.encode(), key)
         self._body = _hash(path.encode(), call.body)
         self._secret = hashlib.sha256(credential + b"\0" + key).digest()
+        self._at = int(time.time())
 
     async def claim(self) -> Kept | None:
         """What is kept; None: nothing, and this request is the first. Refusal: it runs, or was another one."""
-        found = await self._books.write(self._claim)
+        try:
+            found = await self._books.write(self._claim)
+        except (Refusal, asyncio.CancelledError):  # its commit may have come about all the same
+            self.drop()
+            raise
         if found is None:
             return None
         body, answer = found
@@ -146,14 +152,15 @@ class _Entry:
         return True
 
     def drop(self) -> None:
-        mine = Repeat.name == self._name, Repeat.answer.is_(None)
-        self._books.clerk.write(lambda connection: connection.execute(delete(Repeat).where(*mine)).rowcount, keep=True)
+        """Take the claim back, and no other request's of this Idempotency-Key."""
+        ours = Repeat.name == self._name, Repeat.gateway == self._books.id, Repeat.at == self._at
+        gone = delete(Repeat).where(*ours, Repeat.answer.is_(None))
+        self._books.clerk.write(lambda connection: connection.execute(gone).rowcount, keep=True)
 
     def _claim(self, connection: Connection) -> tuple[str, bytes | None] | None:
         """Hash of the body and the answer that are there; None: there was nothing, and now it is said to run."""
-        now = int(time.time())
-        connection.execute(delete(Repeat).where(Repeat.name == self._name, Repeat.at < now - DAY))
-        row = dict(name=self._name, body=self._body, gateway=self._books.id, at=now)
+        connection.execute(delete(Repeat).where(Repeat.name == self._name, Repeat.at < self._at - DAY))
+        row = dict(name=self._name, body=self._body, gateway=self._books.id, at=self._at)
         asked = kind_of(connection).insert(Repeat).values(**row).on_conflict_do_nothing().returning(Repeat.name)
         if connection.execute(asked).first() is not None:
             return None

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from sqlalchemy import Connection, select
 
 from sputnik.errors import DataError
 from sputnik.serve.books import access, ledger
-from sputnik.serve.books.database import Database
+from sputnik.serve.books.clerk import Clerk
+from sputnik.serve.books.database import Database, Down
 from sputnik.serve.books.repeats import seal, unseal
 from sputnik.serve.books.tables import Key, Repeat
 from sputnik.serve.fields import ChatMessage, ChatRequest
@@ -253,6 +255,45 @@ def test_whole_streams_are_kept_and_broken_ones_are_not(
             assert (await front.ask(key, headers={"idempotency-key": "refused"})).status == 200
 
     asyncio.run(run())
+
+
+def test_a_claim_whose_commit_ended_uncertain_is_taken_back(
+    make_front: Callable[..., Any], make_key: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, once = make_key("one"), {"headers": {"idempotency-key": "order-17"}}
+    whole, lost = Database.writing, list[bool]()
+
+    @contextmanager
+    def writing(database: Database, light: bool = False) -> Iterator[Connection]:
+        with whole(database, light) as connection:
+            yield connection
+            claimed = connection.execute(select(Repeat.name)).first() is not None
+        if claimed and not lost:
+            lost.append(True)
+            raise Down("the connection broke at the commit")
+
+    async def run() -> None:
+        async with make_front() as front:
+            await front.until(lambda: front.books.ready)
+            monkeypatch.setattr(Database, "writing", writing)
+            assert (await front.ask(key, **once)).status == 503 and lost
+            await front.until(lambda: front.books.ready)
+            assert (await front.ask(key, **once)).status == 200
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_a_write_may_be_cancelled(database: Database) -> None:
+    clerk = Clerk(database)
+
+    async def run() -> None:
+        under_way = asyncio.ensure_future(asyncio.wrap_future(clerk.write(lambda connection: time.sleep(0.05))))
+        await asyncio.sleep(0)
+        under_way.cancel()
+        assert await asyncio.wrap_future(clerk.write(lambda connection: 7)) == 7
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert clerk.finish(60)
 
 
 def test_what_is_sealed_opens_with_its_secret_alone() -> None:
