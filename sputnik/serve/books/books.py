@@ -44,6 +44,8 @@ NOTE = 5.0
 """Seconds between notes of how far open requests are, and of when keys were last used."""
 SWEEP = 30.0
 """Seconds between looks for gateways that died."""
+SURE = 5.0
+"""Seconds after which one without PostgreSQL's lock is looked at again: it may have lost a connection alone."""
 T = TypeVar("T")
 
 
@@ -84,6 +86,8 @@ class Books:
         """Accounts that were refused: another process may have freed something."""
         self._used: dict[str, int] = {}
         self._swept = -SWEEP
+        self._suspects: set[str] = set()
+        """Without a lock at the last look."""
 
     # --- the clock ---
 
@@ -134,9 +138,14 @@ class Books:
         with self.database.writing() as connection:
             ledger.forget_repeats(connection, int(time.time()) - ledger.DAY)
             others = ledger.gateways(connection)
-        for dead in self._alive.dead(others):
+        dead = set(self._alive.dead(others))
+        sure = dead & self._suspects if self.database.path is None else dead
+        self._suspects = dead - sure
+        if self._suspects:
+            self._swept += SURE - SWEEP
+        for gateway in sure:
             with self.database.writing() as connection:
-                ledger.recover(connection, dead)
+                ledger.recover(connection, gateway)
 
     def _note(self, before: float) -> None:
         """Of requests that were opened before."""

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from sputnik.serve.books import ledger
 from sputnik.serve.books.alive import Alive
+from sputnik.serve.books.books import Books
 from sputnik.serve.books.clerk import Clerk
 from sputnik.serve.books.database import Database, Down
 
@@ -51,9 +52,10 @@ def test_a_lock_ends_with_its_process(url: str, database: Database) -> None:
 
 
 def test_a_new_gateway_settles_what_a_dead_one_left_and_not_what_a_living_one_has(
-    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database
+    make_front: Callable[..., Any], make_key: Callable[..., str], database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = make_key("one")
+    monkeypatch.setattr("sputnik.serve.books.books.SURE", 0.1)
 
     async def run() -> None:
         with database.writing() as connection:
@@ -67,10 +69,10 @@ def test_a_new_gateway_settles_what_a_dead_one_left_and_not_what_a_living_one_ha
             await front.until(lambda: any(request.booked for request in front.service.requests.values()))
             async with make_front() as other:
                 await other.until(lambda: other.books.ready)
+                await other.until(lambda: len(listed(database)) == 2)
                 with database.reading() as connection:
                     (used,) = ledger.usage(connection)
                     assert (used.requests, used.tokens) == (1, ledger.Tokens(miss=10, output=20))
-                    assert len(ledger.gateways(connection)) == 2
             front.engine.paused = False
             assert (await running).status == 200
 
@@ -78,6 +80,29 @@ def test_a_new_gateway_settles_what_a_dead_one_left_and_not_what_a_living_one_ha
     with database.reading() as connection:
         assert sum(used.requests for used in ledger.usage(connection)) == 2 and ledger.gateways(connection) == []
         assert ledger.audit(connection) == []
+
+
+def listed(database: Database) -> list[str]:
+    with database.reading() as connection:
+        return ledger.gateways(connection)
+
+
+def test_who_has_no_lock_for_a_moment_alone_is_not_taken_for_dead(url: str, database: Database) -> None:
+    if database.path is not None:
+        pytest.skip("SQLite's lock is a file's, which nobody loses")
+    with database.writing() as connection:
+        ledger.join(connection, "theirs")
+    books, theirs = Books(url, "5a" * 32), Alive(database, "theirs")
+    books._sweep()
+    assert theirs.hold()
+    books._sweep()
+    assert listed(database) == ["theirs"]
+    theirs.let_go()
+    books._sweep()
+    assert listed(database) == ["theirs"]
+    books._sweep()
+    assert listed(database) == []
+    assert asyncio.run(books.finish(60))
 
 
 def test_a_gateway_that_lost_its_lock_is_there_again_and_takes_no_other_for_dead(
@@ -96,11 +121,7 @@ def test_a_gateway_that_lost_its_lock_is_there_again_and_takes_no_other_for_dead
                 )
                 ledger.recover(connection, front.books.id)
 
-            def listed() -> bool:
-                with database.reading() as connection:
-                    return bool(ledger.gateways(connection) == [front.books.id])
-
-            await front.until(listed)
+            await front.until(lambda: listed(database) == [front.books.id])
             await front.until(lambda: front.books._swept > swept)
             assert Alive(database, "other").dead([front.books.id]) == []
 
