@@ -103,14 +103,15 @@ def _run(commands: list[list[str]]) -> None:
     errors = [process.communicate()[1] for process in running]
     for process, error in zip(running, errors, strict=True):
         if process.returncode != 0:
-            first = error.strip().partition("\n")[0]
-            raise SputnikError(f"the kernels do not compile: {first or 'g++ was stopped'}")
+            lines = error.strip().splitlines() or ["g++ was stopped"]
+            said = next((line for line in lines if "error" in line), lines[0])  # it starts with where it is included
+            raise SputnikError(f"the kernels do not compile: {said}")
 
 
 def main() -> int:
     """Build, and say what happened. Not being able to is no failure: the twins do the work."""
     try:
         print(f"kernels: {build()}")
-    except SputnikError as error:
+    except (SputnikError, OSError) as error:  # the latter of a cache directory that cannot be written
         print(f"kernels: {error}", file=sys.stderr)
     return 0

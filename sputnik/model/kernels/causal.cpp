@@ -5,9 +5,9 @@
 // it, which so need the prompt only once. Keys of MLA end in a part that all heads share.
 //
 // One task is one key head of one prefix with everything that hangs on it: nobody else adds to its gradients, and the order
-// of sums does not depend on the number of threads. Products are the BLAS's, on copies that stay in the L2 cache; the
-// scores of ROWS queries exist at a time, and the backward pass computes them again from what the forward pass kept: the
-// logarithm of each softmax's sum.
+// of sums does not depend on the number of threads, unless a task is alone and the BLAS shares its products out. Products
+// are the BLAS's, on copies that stay in the L2 cache; the scores of ROWS queries exist at a time, and the backward pass
+// computes them again from what the forward pass kept: the logarithm of each softmax's sum.
 #include "fused.h"
 
 #include <map>

@@ -1,6 +1,6 @@
 // The rest of a training step in one pass over memory each: norms with their residual sum, SwiGLU, the experts, and the
 // gradient of the loss by the logits. Sums over rows go through a fixed number of partial sums: no result depends on the
-// number of threads.
+// number of threads, save where the BLAS shares a product out (`narrow_product`, an expert that is the only one).
 #include "fused.h"
 
 #include <optional>
