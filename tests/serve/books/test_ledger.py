@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,20 @@ def test_answers_that_were_kept_are_forgotten_after_a_day_and_those_that_run_are
             connection.execute(insert(Repeat).values(name=name, body="b", gateway="g", at=at, answer=answer))
         assert ledger.forget_repeats(connection, 100) == 1
         assert set(connection.execute(select(Repeat.name)).scalars()) == {"runs", "new"}
+
+
+def test_old_requests_may_go_as_the_docs_say(database: Database) -> None:
+    docs = Path(__file__).parents[3] / "docs" / "keys.md"
+    (statement,) = re.findall(r"```sql\n(.*?);", docs.read_text(encoding="utf-8"))
+    with database.writing() as connection:
+        for id in ("ended", "runs"):
+            ledger.reserve(connection, reservation(id))
+        ledger.settle(connection, "ended", Tokens(output=9), "finished")
+        assert len(ledger.usage(connection)) == 1
+        connection.exec_driver_sql(statement)
+        assert ledger.usage(connection) == [] and ledger.audit(connection) == []
+        ledger.settle(connection, "runs", Tokens(output=9), "finished")
+        assert len(ledger.usage(connection)) == 1 and ledger.audit(connection) == []
 
 
 def test_the_audit_finds_what_does_not_add_up(database: Database) -> None:
