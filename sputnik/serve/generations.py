@@ -134,8 +134,9 @@ class Job:
             self._wake()
 
     def fail(self, error: Refusal) -> None:
-        """The whole request ends so."""
-        if self.error is None and not self._closed:
+        """The whole request ends so, if it has not ended: a whole answer that is still being read stays one."""
+        whole = self.done and not self.held and all(answer.finish != "failed" for answer in self.answers)
+        if self.error is None and not self._closed and not whole:
             if self.produced:
                 error.retry = False
             self.error = error

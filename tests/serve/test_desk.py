@@ -8,9 +8,14 @@ import pytest
 
 from sputnik.engine.llm import LLM
 from sputnik.engine.params import SamplingParams
+from sputnik.engine.thinking import Finish
 from sputnik.errors import DataError
 from sputnik.serve import wire
 from sputnik.serve.desk import Desk
+from sputnik.serve.generations import Asked, Job
+from sputnik.serve.link import Link
+from sputnik.serve.reading import Speech
+from sputnik.serve.refusals import Refusal
 
 PARAMS = SamplingParams(max_tokens=12, seed=7, ignore_eos=True)
 PROMPT = [5, 270, 271, 272, 9]
@@ -202,3 +207,16 @@ def test_it_waits_without_work_and_wakes_for_a_message(desk: Desk, peer: Listene
     desk.drain(60)
     thread.join(60)
     assert not thread.is_alive() and len(peer.tokens(1)) == 12
+
+
+LATE = [("stop", False, False), ("stop", True, True), ("failed", False, True)]
+
+
+@pytest.mark.parametrize(("finish", "held", "fails"), LATE)
+def test_what_comes_too_late_spoils_no_whole_answer(llm: LLM, finish: Finish, held: bool, fails: bool) -> None:
+    """Unless nothing of it may leave yet."""
+    link = Link("none", lambda hello: None, lambda tokens: None)
+    job = Job(link, Speech(llm.tok, llm.template, llm.context), [Asked((1,), SamplingParams(max_tokens=1), None)])
+    job.answers[0].finish, job.held = finish, held
+    job.fail(Refusal(400, "the request was cancelled"))
+    assert (job.error is not None) == fails
