@@ -49,6 +49,8 @@ class Kind:
     `run(config, context)` returns a few figures for the lineage. A `resumable` one writes into its directory as it goes
     and continues by itself when called again; any other gets a fresh directory that appears only when it is complete.
     `needs_model` puts the [model] table of recipe or stage into the stage's hash; `outcome_free` keys stay out of it.
+    So that runs of earlier versions go on, keys that were `added` stay out of it, too, while they have the value given
+    here, and keys that are `gone` are in it with theirs.
     One that `stands_alone` has no parent unless the recipe names one.
     `headline` names the figures that are shown when a stage ends; all of them are in the lineage.
     """
@@ -59,6 +61,8 @@ class Kind:
     needs_model: bool = False
     stands_alone: bool = False
     outcome_free: frozenset[str] = frozenset()
+    added: Mapping[str, Any] = field(default_factory=dict)
+    gone: Mapping[str, Any] = field(default_factory=dict)
     headline: tuple[str, ...] = ()
 
 
@@ -200,7 +204,11 @@ def _stages(
         if "seed" in known:
             own.setdefault("seed", seed)
         config: Any = from_dict(kind.config, own, where)
-        settings = {key: value for key, value in to_dict(config).items() if key not in kind.outcome_free}
+        settings = {
+            key: value
+            for key, value in {**kind.gone, **to_dict(config)}.items()
+            if key not in kind.outcome_free and (key not in kind.added or kind.added[key] != value)
+        }
         settings |= _input_files(settings)
         shape = table.get("model", model) if kind.needs_model else {}
         if "model" in table and not (kind.needs_model and isinstance(shape, dict)):

@@ -135,7 +135,14 @@ KINDS = {
         outcome_free=frozenset(sft.OUTCOME_FREE),
         headline=("examples", "loss", "val_loss", "bits_per_byte"),
     ),
-    "traces": Kind(traces.TracesConfig, run_traces, resumable=True, headline=("kept", "samples", "length", "checks")),
+    "traces": Kind(
+        traces.TracesConfig,
+        run_traces,
+        resumable=True,
+        added={"reworded": 0.0},
+        gone={"near": 0.9},
+        headline=("kept", "samples", "length", "checks"),
+    ),
     "eval": Kind(
         EvalConfig,
         run_evaluation,

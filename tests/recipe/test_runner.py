@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,22 @@ def test_changed_settings_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seed 3 -> 4"):
         run(tmp_path, read(tmp_path, RECIPE, "seed=4"))
     assert (tmp_path / "runs/two/base/log.txt").read_text().split() == ["0", "1", "2", "3", "4"]
+
+
+def test_runs_of_an_earlier_version_go_on(tmp_path: Path) -> None:
+    """Since they were made, `near` went from a kind of stage and `words` came."""
+    before = {"once": Kind(make_dataclass("Before", [("size", int, 1), ("near", float, 0.9)]), once)}
+    now = Kind(
+        make_dataclass("Now", [("size", int, 1), ("words", int, 0)]), once, added={"words": 0}, gone={"near": 0.9}
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text('name = "two"\n[[stage]]\nname = "data"\nkind = "once"\nsize = 4\n')
+
+    def hash_of(kinds: dict[str, Kind], *overrides: str) -> str:
+        return read_recipe(path, kinds.__getitem__, overrides).stage("data").hash
+
+    assert hash_of(before) == hash_of({"once": now}) != hash_of({"once": now}, "data.words=1")
+    assert hash_of(before, "data.near=0.5") != hash_of({"once": now})
 
 
 def test_another_name_keeps_both(tmp_path: Path) -> None:
