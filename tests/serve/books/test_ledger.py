@@ -153,12 +153,14 @@ def test_the_ledger_is_what_the_engine_counted(
 
     async def run() -> tuple[Any, Counter[str], int]:
         async with make_front() as front:
-            clients, gate = Clients(front, keys, seed), asyncio.Semaphore(16)
+            clients, gate, interrupted = Clients(front, keys, seed), asyncio.Semaphore(16), set[Any]()
 
             async def one(number: int) -> None:
                 async with gate:
                     await clients.call(number)
-                    if number % 50 == 0:
+                    if number % 50 == 0:  # once for each request: twice without a token is given up
+                        await front.until(lambda: interrupted.isdisjoint(front.service.requests))
+                        interrupted.update(front.service.requests)
                         front.engine.die()
 
             await asyncio.gather(*(one(number) for number in range(calls)))
