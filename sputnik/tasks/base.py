@@ -188,7 +188,7 @@ class Task(ABC):
             if len(found) == n or repeats > REJECTIONS:
                 break
         if len(found) < n:
-            raise TaskError(f"task {self.name!r} has only {len(found)} distinct {split} problems; ask for {n} or fewer")
+            raise TaskError(f"task {self.name!r} has only {len(found)} distinct {split} problems; {n} were asked for")
         return list(found.values())
 
     @classmethod
@@ -204,7 +204,7 @@ class Task(ABC):
 
 def hash_of(text: str) -> int:
     """64 bits that are the same in every process, unlike `hash`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
 
 
 def split_of(number: int) -> Split:
@@ -252,8 +252,7 @@ def load_task(spec: str, options: Mapping[str, Any] | None = None) -> Task:
     """Find a task: "arithmetic", "gym:chain_sum", "math:FILE.jsonl", "path/my_task.py" or "path/my_task.py:Class"."""
     name, _, argument = spec.partition(":")
     if name.endswith(".py"):
-        cls = _class_from_file(Path(name), argument)
-        argument = ""
+        cls, argument = _class_from_file(Path(name), argument), ""
     else:
         homes = dict(SHIPPED)
         if name not in homes:
@@ -273,14 +272,13 @@ def _class_from_file(path: Path, class_name: str) -> type[Task]:
         raise TaskError(f"{path}: no such task file")
     module_name = f"sputnik_user_task_{hash_of(str(path.resolve())):016x}"
     module_spec = importlib.util.spec_from_file_location(module_name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise TaskError(f"{path}: not a Python file")
+    assert module_spec and module_spec.loader  # the name ends in .py
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_name] = module  # dataclasses look their own module up by name
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:
-        raise broken_task(error, "import") from error
+        raise broken_task(error, "import", home=str(path)) from error
     own = {
         value.__name__: value
         for value in vars(module).values()
@@ -296,15 +294,14 @@ def _class_from_file(path: Path, class_name: str) -> type[Task]:
     return cls
 
 
-def broken_task(error: Exception, what: str, cls: type[Task] | None = None) -> TaskError:
+def broken_task(error: Exception, what: str, cls: type[Task] | None = None, home: str | None = None) -> TaskError:
     """One line for an exception out of a task's own code: file and line, what was called, what it raised.
 
-    Of the frames the one in the file of `cls` is named, if there is one: a user wants their line, not the library's.
-    """
+    Of the frames one in `home`, or the file of `cls`, is named: a user wants their line, not the library's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    home = sys.modules[cls.__module__].__file__ if cls else None
+    home = sys.modules[cls.__module__].__file__ if cls else home
     frames = [frame for frame in frames if frame.filename == home] or frames
-    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "?"
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else home or "?"
     if isinstance(error, SyntaxError) and error.filename:
         place = f"{error.filename}:{error.lineno}"
     reason = " ".join(str(error).split())[:300]
@@ -313,14 +310,16 @@ def broken_task(error: Exception, what: str, cls: type[Task] | None = None) -> T
 
 def _some_problems(task: Task, n: int) -> list[Problem]:
     """Up to `n` problems from whatever splits the task has, as a worker would receive them (meta through JSON)."""
-    splits: tuple[Split, ...] = ("train", "validation", "test")
-    found = list(islice(chain.from_iterable(task.stream(split, seed=0) for split in splits), n))
+    streams = [[task.stream(split, seed=0) for split in ("train", "validation", "test")] for _ in range(2)]
+    found, again = (list(islice(chain.from_iterable(s), count)) for s, count in zip(streams, (n, 8)))
     if not found:
         raise TaskError(f"task {task.name!r} has no problems at all")
+    if any(one.id != other.id for one, other in zip(found, again)):
+        raise TaskError(f"task {task.name!r}: generate must draw from rng alone: a seed gave other problems")
     try:
         return msgspec.json.decode(msgspec.json.encode(found), type=list[Problem])
-    except (TypeError, msgspec.MsgspecError) as error:
-        raise TaskError(f"task {task.name!r}: the meta of a problem must be JSON: {error}") from None
+    except (TypeError, UnicodeEncodeError, msgspec.MsgspecError) as error:
+        raise TaskError(f"task {task.name!r}: prompt and gold must be texts, meta must be JSON: {error}") from None
 
 
 def attacks(problem: Problem, wrong: str, golds: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -344,8 +343,8 @@ def attacks(problem: Problem, wrong: str, golds: Sequence[str]) -> Iterator[tupl
 def self_check(task: Task, n: int = 32, verify: Verify | None = None) -> None:
     """Refuse a task whose verifier pays the wrong thing, before a run learns from it.
 
-    On `n` problems the gold must be CORRECT and the damaged gold must not; on four of them every attack must earn
-    nothing, and nothing may raise. Pass a pool's `verify` to keep a verifier that hangs from hanging the caller.
+    On `n` problems the gold must be CORRECT, the damaged gold must not, and no gold may be right for all of them; on
+    four every attack must earn nothing, and nothing may raise. A pool's `verify` keeps one that hangs from hanging you.
     """
     verify = verify or (lambda items: [judge(task, problem, answer) for problem, answer in items])
     for part in task.tasks_within():
@@ -354,21 +353,23 @@ def self_check(task: Task, n: int = 32, verify: Verify | None = None) -> None:
 
 def _check_one(task: Task, problems: Sequence[Problem], verify: Verify) -> None:
     task = task.task_of(problems[0])
-    damaged = [task.damage(problem.gold) for problem in problems]
-    for problem, judgement in zip(problems, verify([(problem, problem.gold) for problem in problems])):
+    golds, damaged = zip(*((problem.gold, task.damage(problem.gold)) for problem in problems))
+    for problem, judgement in zip(problems, verify(list(zip(problems, golds)))):
         if judgement.verdict != Verdict.CORRECT:
             raise _refused(task, problem, "the gold answer", problem.gold, judgement)
         normalised(task, problem, problem.gold)
     tries = [(problem, "the damaged gold answer", wrong) for problem, wrong in zip(problems, damaged)]
-    golds = [problem.gold for problem in problems]
     for problem, wrong in zip(problems[:4], damaged):
         for name, text in attacks(problem, wrong, golds):
             if name not in task.tolerates and text.strip().lower() != problem.gold.strip().lower():
                 tries.append((problem, f"attack {name!r}", text))
-    harmless = (Verdict.WRONG, Verdict.UNPARSEABLE)
     for (problem, what, text), judgement in zip(tries, verify([(problem, text) for problem, _, text in tries])):
-        if judgement.verdict not in harmless:
+        if judgement.verdict not in (Verdict.WRONG, Verdict.UNPARSEABLE):
             raise _refused(task, problem, what, text, judgement)
+    for constant in golds[:2]:
+        others = [(problem, constant) for problem in problems if problem.gold != constant][:8]
+        if len(others) > 3 and all(judgement.verdict is Verdict.CORRECT for judgement in verify(others)):
+            raise _refused(task, others[0][0], "an answer to every question,", constant, Judgement(Verdict.CORRECT))
 
 
 def _refused(task: Task, problem: Problem, what: str, text: str, judgement: Judgement) -> TaskError:

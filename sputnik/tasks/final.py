@@ -29,12 +29,10 @@ def final_answer(text: str) -> str:
 
 def boxes(text: str) -> list[str]:
     r"""The contents of each \boxed{...} in the text, braces balanced; an unclosed one is left out."""
-    found = []
-    for opening in re.finditer(r"\\boxed\{", text):
-        depth = 1
-        for place in range(opening.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                found.append(text[opening.end() : place])
-                break
-    return found
+    found, opened = list[tuple[int, str]](), list[int | None]()
+    for brace in re.finditer(r"\\boxed\{|[{}]", text):
+        if brace[0] != "}":
+            opened.append(brace.end() if brace[0] != "{" else None)
+        elif opened and (start := opened.pop()) is not None:
+            found.append((start, text[start : brace.start()]))
+    return [content for _, content in sorted(found)]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any, Self
 
 from sputnik.config import check_keys
@@ -28,6 +29,8 @@ REFUSED = (
     ("game_of_life_halting", "its scorer pays any text"),
     ("coin_flip", 'its scorer pays the constant answer "0"'),
     ("complex_arithmetic", 'its scorer pays the constant answer "nan"'),
+    ("puzzle24", 'its scorer pays the constant answer "1*2*3*4": it does not look which numbers were given'),
+    ("intermediate_integration", "it stores integrals that are not worked out as gold answers, and pays them"),
     ("boxnet", NO_GOLD),
     ("graph_color", NO_GOLD),
     ("propositional_logic", NO_GOLD),
@@ -39,6 +42,18 @@ REFUSED = (
     ("ransom_note", HASH_ORDER),
     ("composite", "it needs a list of other families; name one of those"),
 )
+LISTS = r"[A-Z0-9_\s,\[\]'\"-]*"
+SUMS = r"(?!.*\*\*)[0-9+\-*/() ]*"
+WORD = "(?:sin|cos|tan|asin|acos|atan|sinh|cosh|tanh|exp|log|sqrt|[aA]bs|pi|[A-Za-z])(?![A-Za-z0-9])"
+FORMULAS = rf"(?:{WORD}|[-0-9+*/^() ]|(?<=[0-9])\.(?=[0-9]))*"
+EVALUATED = MappingProxyType(
+    {
+        "binary_matrix": LISTS, "n_queens": LISTS, "spiral_matrix": LISTS, "string_insertion": LISTS,
+        "countdown": SUMS, "simple_integration": FORMULAS,
+    }
+)  # fmt: skip
+"""Families whose scorers hand the answer to `eval`, plainly or by sympy, and the answers with which that does no harm:
+a list without calls, lower-case letters (`for`, `entry`) or dots; numbers; functions of mathematics."""
 FULL_SCORE = 0.999
 SIZE = 100_000
 TRIES = 20
@@ -113,6 +128,8 @@ class Gym(Task):
             return Verdict.BAD_GOLD
         answer = answer.strip()
         if not answer or any(c.isdecimal() and not c.isascii() for c in answer):
+            return Verdict.UNPARSEABLE
+        if not re.fullmatch(EVALUATED.get(self.name.removeprefix("gym:"), ".*"), answer, re.DOTALL):
             return Verdict.UNPARSEABLE
         try:
             score = self._dataset.score_answer(answer=answer, entry=entry)

@@ -28,6 +28,7 @@ PROMPT_KEYS = ("prompt", "problem", "question")
 ANSWER_KEYS = ("answer", "gold")
 NOT_BARE = r"(?<!\\)\b[A-Za-z]{2,}\s+[A-Za-z]{2,}|</?[a-z]+>|\\boxed"  # prose, tags, a box that never closes
 TWO_NUMBERS = r"[0-9]\s+[0-9]+(?![0-9]*\s*/)"  # math-verify adds them up, as in the mixed number 5 1/2
+OPERATION = r".[-+*/^!]|\\(?:frac|sqrt|binom|cdot|times|div|int|sum|prod|lim|log|ln|sin|cos|tan|gcd)(?![a-z])"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MathFile(Task):
             return Verdict.BAD_GOLD
         if not given:
             return Verdict.UNPARSEABLE
-        return Verdict.CORRECT if same(gold, given) else Verdict.WRONG
+        return Verdict.CORRECT if not copied(problem, answer) and same(gold, given) else Verdict.WRONG
 
     def normalise(self, answer: str) -> str:
         """Without box, dollars, spaces and the like, plain numbers and fractions by their value. Text alone: comparing
@@ -123,10 +124,22 @@ def read(text: str) -> list[Any]:
     return found
 
 
+def copied(problem: Problem, answer: str) -> bool:
+    """Is this a formula of the question, and the gold answer not written so? "17*24" is equal to what 17*24 is."""
+    content = (boxes(answer) or [answer])[0]
+    found = re.search(OPERATION, spelt(content)) and spelt(content) in spelt(problem.prompt)
+    return bool(found) and plain(content) != plain(problem.gold)
+
+
+def spelt(text: str) -> str:
+    """Without spaces, dollars, sizes and a full stop."""
+    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|[$\s]", "", text).removesuffix(".")
+    return re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
+
+
 def plain(text: str) -> str:
     r"""Formula text in one spelling: "\dfrac{1}{2}", "1/2", "0.50" and "$\frac12$." are all "1/2"."""
-    text = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[,;:! ]|[$\s]", "", text).removesuffix(".")
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
+    text = spelt(text)
     number = re.sub(r"^([+-]?)\\frac(?:\{([0-9]+)\}|([0-9]))(?:\{([0-9]+)\}|([0-9]))$", r"\1\2\3/\4\5", text)
     if re.fullmatch(r"[+-]?[0-9]{1,20}(\.[0-9]{1,20}|/0{0,9}[1-9][0-9]{0,9})?", number):
         return str(Fraction(number))

@@ -215,7 +215,11 @@ def serve() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: end quietly
-    setup = msgspec.json.decode(chunks.readline(), type=Setup)
+    whole = (line for line in chunks if line.endswith(b"\n"))  # another is of a parent killed while it wrote
+    first = next(whole, None)
+    if first is None:
+        return
+    setup = msgspec.json.decode(first, type=Setup)
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     limit = setup.memory_bytes if most == resource.RLIM_INFINITY else min(setup.memory_bytes, most)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -227,7 +231,7 @@ def serve() -> None:
         return
     os.write(out, msgspec.json.encode("") + b"\n")
     decoder = msgspec.json.Decoder(list[Item])
-    for line in chunks:
+    for line in whole:
         for problem, answer in decoder.decode(line):
             # The alarm's default action ends the process even inside C code, and even with nobody left to kill it.
             signal.setitimer(signal.ITIMER_REAL, setup.deadline_s + ALARM_GRACE_S)

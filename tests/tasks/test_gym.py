@@ -1,8 +1,12 @@
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 
 from sputnik.errors import ConfigError, TaskError
 from sputnik.tasks.base import Verdict, judge, load_task, self_check
-from sputnik.tasks.gym import REFUSED
+from sputnik.tasks.gym import EVALUATED, REFUSED
 from sputnik.tasks.verify import VerifierPool
 
 pytest.importorskip("reasoning_gym")
@@ -50,6 +54,36 @@ def test_text_that_makes_the_scorer_raise_is_unparseable() -> None:
     task = load_task("gym:prime_factorization")
     problem = task.problems("train", 1)[0]
     assert task.verify(problem, "not an answer") == Verdict.UNPARSEABLE
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_an_answer_is_never_run(name: str, tmp_path: Path) -> None:
+    """Scorers that call `eval` see lists and formulas alone: code could read the gold answer, or change it."""
+    task = load_task(f"gym:{name}")
+    problem = task.problems("train", 1)[0]
+    assert task.verify(problem, problem.gold) == Verdict.CORRECT
+    mark = tmp_path / "mark"
+    for answer in (
+        f"open('{mark}', 'w')",
+        f"__import__('os').mkdir('{mark}')",
+        "entry['answer']",
+        "[entry for entry['answer'] in '1']",
+        f"[open(path, chr(119)) for path in ['{mark}']]",
+        "exec(chr(105))",
+        "x.real",
+        "9**9**9**9 if 0 else 1",
+        "1" * 9000 + "!",
+    ):
+        assert task.verify(problem, answer) == Verdict.UNPARSEABLE, answer
+    assert not mark.exists()
+
+
+def test_every_scorer_that_evaluates_an_answer_is_known() -> None:
+    from reasoning_gym.factory import DATASETS
+
+    scorers = {name: inspect.getsource(dataset.score_answer) for name, (dataset, _) in DATASETS.items()}
+    found = {name for name, source in scorers.items() if re.search(r"(eval|parse_expr|sympify|exec)\(answer", source)}
+    assert found - {name for name, _ in REFUSED} == set(EVALUATED)
 
 
 def test_a_problem_that_cannot_be_made_again_is_not_judged() -> None:

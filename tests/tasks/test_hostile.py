@@ -184,6 +184,21 @@ import ctypes
 libc = ctypes.CDLL(None)
 for number in (101, 155, 165, 175, 246, 248, 272, 298, 304, 308, 311, 319, 321, 323, 425, 428, 435, 442):
     if libc.syscall(number, 0, 0, 0, 0, 0) >= 0: open('@CANARY@', 'w')""",
+    "speaks as a program of 32 bits": """
+import ctypes, mmap
+code = mmap.mmap(-1, 4096, prot=7)
+code.write(bytes([0xb8, 2, 0, 0, 0, 0xcd, 0x80, 0xc3]))  # fork
+if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))() >= 0: open('@CANARY@', 'w')""",
+    "numbers its calls as x32 does": """
+import ctypes
+if ctypes.CDLL(None).syscall(0x40000000 | 41, 2, 1, 0) >= 0: open('@CANARY@', 'w')""",
+    "has the kernel signal its parent": """
+import fcntl, os
+r, w = os.pipe()
+for number in (0, 9, 15, 19, 29):
+    fcntl.fcntl(r, 10, number); fcntl.fcntl(r, fcntl.F_SETOWN, 1); fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC)
+    os.write(w, b'x')""",
+    "asks over an abstract socket": "import socket; s = socket.socket(socket.AF_UNIX); s.connect('\\0x'); s.recv(9)",
     "becomes root": "import os; os.setuid(0); open('@CANARY@', 'w')",
 }
 # Programs that define f(n), which should give the secret of n; tested by calls, and by assertions.
@@ -254,15 +269,21 @@ def f(n):
     "sys._getframe(2).f_globals['SECRET'][n]",
     "is not there": "g = 1",
     "hides in other letters": "def f(ｎ): return {3: 4217, 8: 9631}[n].__class__(0)",
+    "overflows the judge": """
+import os
+for number in range(3, 64):
+    try: os.write(number, (b'{"value": {"complex": [1' + b'0' * 400 + b', 1]}}\\n') * 2)
+    except OSError: pass
+os._exit(0)""",
     "has half a character": "def f(n): return '\ud800'",
 }
 ATTACKS = {("print", name): source for name, source in PRINT.items()}
 ATTACKS |= {(kind, name): source for kind in ("call", "assert") for name, source in FUNCTIONS.items()}
 # Those that go on until they are stopped, or take long to fail. They get little time; the others get enough to win.
 ENDLESS = """
-changes the harness, computes a tower of powers, floods stderr, forks without end, ignores signals, never answers,
-reads the questions, recurses, recurses in C, refuses to exit, runs away in a pattern, sleeps, spins, stops itself,
-starts threads without end, takes memory in small pieces, unpacks a bomb, waits for a signal
+changes the harness, computes a tower of powers, floods stderr, forks without end, ignores signals, leaves a thread,
+never answers, reads the questions, recurses, recurses in C, refuses to exit, runs away in a pattern, sleeps, spins,
+stops itself, starts threads without end, takes memory in small pieces, unpacks a bomb, waits for a signal
 """
 THIEVES = (
     "reads the secret file", "reads it through a symlink", "reads it through a hard link", "reads its environment",
@@ -370,4 +391,4 @@ def test_the_work_itself_earns_the_reward_before_and_after_all_that(arena: Arena
 
 
 def test_there_are_enough_of_them_and_each_is_a_different_one() -> None:
-    assert len(set(ATTACKS.values())) == len(PRINT) + len(FUNCTIONS) >= 90
+    assert len(set(ATTACKS.values())) == len(PRINT) + len(FUNCTIONS) >= 100

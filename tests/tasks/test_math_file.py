@@ -58,12 +58,34 @@ def test_equal_values_are_paid_and_hedges_are_not(gold: str, answer: str, verdic
     assert task.verify(task.problems("test", 1)[0], answer) == verdict
 
 
+@pytest.mark.parametrize(
+    ("question", "gold", "answer", "verdict"),
+    [
+        (r"Compute $17 \cdot 24$.", "408", r"17 \cdot 24", Verdict.WRONG),
+        (r"Compute $17 \cdot 24$.", "408", r"It is \boxed{17\cdot24}.", Verdict.WRONG),
+        (r"Compute $17 \cdot 24$.", "408", "408", Verdict.CORRECT),
+        ("Factor $x^2 - 1$.", "(x-1)(x+1)", "$x^2-1$", Verdict.WRONG),
+        (r"Evaluate $\int_0^1 x dx$.", "1/2", r"\int_0^1 x dx", Verdict.WRONG),
+        (r"Which is larger, $\frac{2}{3}$ or $0.6$?", "2/3", r"\dfrac{2}{3}", Verdict.CORRECT),
+        ("Of $2x+1$ and $x-1$, which is 3 for x = 1?", "2x+1", "2x + 1", Verdict.CORRECT),
+        ("Which is smaller, $-3$ or 2?", "-3.0", "-3", Verdict.CORRECT),
+    ],
+)
+def test_a_formula_copied_from_the_question_is_no_answer(
+    question: str, gold: str, answer: str, verdict: Verdict, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": question, "gold": gold}))
+    task = load_task(f"math:{path}", {"benchmark": True})
+    assert task.verify(task.problems("test", 1)[0], answer) == verdict
+
+
 def test_the_file_passes_the_self_check_and_splits_by_question(file: Path) -> None:
     task = load_task(f"math:{file}")
     self_check(task, n=len(GOLDS) * 8)
     found = {split: {problem.prompt for problem in task.stream(split, 0)} for split in ("train", "validation", "test")}
     assert sum(map(len, found.values())) == len(set.union(*found.values())) == len(GOLDS) * 8
-    with pytest.raises(TaskError, match=f"only {len(found['test'])} distinct test problems; ask for 999 or fewer"):
+    with pytest.raises(TaskError, match=f"only {len(found['test'])} distinct test problems; 999 were asked for"):
         task.problems("test", 999)
 
 
@@ -120,3 +142,4 @@ def test_the_version_is_the_one_installed(file: Path) -> None:
 
 def test_boxes_balance_their_braces() -> None:
     assert boxes(r"\boxed{\frac{1}{2}} and \boxed{3} \boxed{4") == [r"\frac{1}{2}", "3"]
+    assert boxes(r"} { \boxed{1 \boxed{2}} \boxed{\{3\}} } \boxed{{4}") == [r"1 \boxed{2}", "2", r"\{3\}"]

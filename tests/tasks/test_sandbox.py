@@ -66,6 +66,24 @@ print([path for path in sys.path if 'packages' in path], os.listdir(os.path.dirn
     ]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print(42); exit()",
+        "print(42); quit(0)",
+        "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.1), print(42))).start()",
+        "import concurrent.futures as c; c.ThreadPoolExecutor(2).submit(print, 42)",
+        "import atexit; atexit.register(print, 42)",
+        "import atexit, io, os, sys\nsys.stdout = io.StringIO()\n"
+        "atexit.register(lambda: os.write(1, sys.stdout.getvalue().encode()))\nprint(42); exit()",
+        "import sqlite3; print(*sqlite3.connect(':memory:').execute('select 42').fetchone())",
+    ],
+)
+def test_a_program_ends_as_it_would_anywhere(sandbox: Sandbox, source: str) -> None:
+    outcome = sandbox.run(source)
+    assert (outcome.stdout, outcome.finished) == ("42\n", True), outcome
+
+
 SLEEP = {"do": "run", "source": "import time; time.sleep(99)"}
 
 
@@ -95,12 +113,14 @@ def test_a_program_has_namespaces_and_a_filter_of_its_own_and_no_powers(sandbox:
         ("import time; time.sleep(60)", "timeout", ""),
         ("open('x', 'wb').write(bytes(17 << 20))", "exit", ""),
         ("x = [open('/dev/null') for _ in range(100)]", "exit", "Too many open files"),
-        ("import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep, args=(9,)).start()",
+        ("import threading, time\nfor _ in range(20): threading.Thread(target=time.sleep, args=(0.5,)).start()",
          "exit", "can't start new thread"),
         ("import time\nfor n in range(1100): open(str(n), 'w')\ntime.sleep(60)", "exit", ""),
         ("import os; os.fork()", "exit", "Operation not permitted"),
         ("open('/x', 'w')", "exit", "Read-only file system"),
         ("import os; open(os.__file__, 'a')", "exit", "Error"),
+        ("import os; os.utime('/dev/null')", "exit", "Operation not permitted"),
+        ("import fcntl, os; fcntl.flock(open(os.__file__), fcntl.LOCK_EX)", "exit", "Operation not permitted"),
     ],
 )  # fmt: skip
 def test_limits_hold(sandbox: Sandbox, source: str, end: str, said: str) -> None:
@@ -185,6 +205,26 @@ def test_open_files_do_not_add_up(sandbox: Sandbox) -> None:
             pass
     sandbox.run("pass")
     assert count() == before
+
+
+def test_a_program_cannot_reach_the_server_however_many_files_are_open_outside() -> None:
+    code = """
+import os, resource
+from sputnik.tasks.sandbox import Limits, Sandbox
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+kept = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+with Sandbox(Limits(seconds=30.0)) as sandbox:
+    print(sandbox.run('''
+import os
+for file in range(3, 2000):
+    try: os.write(file, b'[0, true]')
+    except OSError: pass
+os._exit(3)''').status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    if "Too many open files" in done.stderr or "SandboxError" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.stdout == "3\n", done.stderr
 
 
 def test_close_leaves_no_process_and_a_closed_sandbox_starts_again() -> None:

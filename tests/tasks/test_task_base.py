@@ -1,5 +1,6 @@
 import random
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -59,7 +60,7 @@ def test_demonstrations_come_from_the_train_split_only() -> None:
 def test_a_family_that_runs_dry_says_how_many_it_has() -> None:
     sizes = []
     for split in ("train", "validation", "test"):
-        with pytest.raises(TaskError, match=rf"'digit' has only \d+ distinct {split} problems; ask for 41") as caught:
+        with pytest.raises(TaskError, match=rf"'digit' has only \d+ distinct {split} problems; 41 were") as caught:
             Digit().problems(split, 41)
         sizes.append(int(re.findall(r"only (\d+)", str(caught.value))[0]))
     assert sum(sizes) == 40
@@ -107,10 +108,37 @@ def test_an_endless_answer_never_reaches_the_verifier() -> None:
     assert judge(Digit(), problem, problem.gold + " " * 1_000_000).verdict == Verdict.UNPARSEABLE
 
 
-def test_meta_that_is_not_json_is_refused(monkeypatch) -> None:
-    odd = Problem(prompt="p", gold="1", meta={"value": complex(1, 2)})
-    monkeypatch.setattr(Digit, "generate", lambda self, rng: odd)
-    with pytest.raises(TaskError, match="meta of a problem must be JSON"):
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        ({"meta": {"value": complex(1, 2)}}, "Encoding objects of type complex is unsupported"),
+        ({"meta": [1]}, "Expected `object`, got `array`"),
+        ({"gold": 7}, "Expected `str`, got `int` - at `$[0].gold`"),
+        ({"prompt": None}, "Expected `str`, got `null` - at `$[0].prompt`"),
+        ({"prompt": "\ud800"}, "surrogates not allowed"),
+    ],
+)
+def test_a_problem_that_does_not_travel_is_refused(odd: dict[str, Any], reason: str, monkeypatch) -> None:
+    problem = Problem(**{"prompt": "p", "gold": "1"} | odd)
+    monkeypatch.setattr(Digit, "generate", lambda self, rng: problem)
+    with pytest.raises(TaskError, match="prompt and gold must be texts, meta must be JSON: ") as caught:
+        self_check(Digit())
+    assert reason in str(caught.value)
+
+
+def test_a_verifier_that_pays_one_answer_to_every_question_is_refused(monkeypatch) -> None:
+    even = lambda self, problem, answer: re.fullmatch("[0-9]*[02468]", answer) is not None  # noqa: E731
+    twice = lambda self, rng: Problem(prompt=f"Twice {(n := rng.randrange(10**6))}?", gold=str(2 * n))  # noqa: E731
+    monkeypatch.setattr(Digit, "generate", twice)
+    monkeypatch.setattr(Digit, "verify", even)
+    with pytest.raises(TaskError, match="CORRECT to an answer to every question"):
+        self_check(Digit())
+
+
+def test_a_generator_with_a_chance_of_its_own_is_refused(monkeypatch) -> None:
+    draw = random.Random(0)
+    monkeypatch.setattr(Digit, "generate", lambda self, rng: Problem(prompt=str(draw.random()), gold="1"))
+    with pytest.raises(TaskError, match="generate must draw from rng alone"):
         self_check(Digit())
 
 

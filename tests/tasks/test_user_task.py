@@ -47,6 +47,8 @@ def test_an_unknown_option_of_a_user_task_names_the_nearest() -> None:
         ("import nothing_of_this_name", "task.py:1: import raised ModuleNotFoundError"),
         ("def f(:\n  pass", "task.py:1: import raised SyntaxError"),
         ("x = 1", "found: none"),
+        (f"{GOOD}    x: list = []\nimport dataclasses as d\nd.dataclass(Echo)", "task.py:13: import raised ValueError"),
+        (f"{GOOD}    def __init__(self, size): pass", "task.py: Echo raised TypeError: .*'size'"),
         (GOOD + GOOD.replace("Echo", "Other"), "name one of its Task subclasses as .*found: Echo, Other"),
         (GOOD.replace('"echo"', '""'), "give class Echo a `name`"),
         (GOOD.replace("    def verify(self, problem, answer):\n        return answer == problem.gold\n", ""), "verify"),

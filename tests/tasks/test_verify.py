@@ -191,3 +191,10 @@ def _seconds(pool: VerifierPool, items: list[tuple[Problem, str]]) -> float:
     begun = time.perf_counter()
     pool.verify(items)
     return time.perf_counter() - begun
+
+
+def test_a_worker_ends_without_a_word_when_its_parent_died_while_writing() -> None:
+    setup = b'{"spec":"arithmetic","options":{},"deadline_s":5.0,"memory_bytes":4294967296}\n'
+    command = [sys.executable, "-P", "-c", "from sputnik.tasks.verify import serve; serve()"]
+    done = subprocess.run(command, input=setup + b'[[{"prompt":"1+', capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")

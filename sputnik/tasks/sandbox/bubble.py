@@ -30,24 +30,26 @@ from sputnik.tasks.sandbox.inside import NOBODY
 STARTUP_S = 20.0
 PYTHON = "/python/bin/python3"
 PYTHON_FLAGS = ("-P", "-s", "-S", "-B", "-X", "utf8")
-LINKED = ("_bz2", "_ctypes", "_decimal", "_hashlib", "_lzma", "_uuid", "zlib")  # modules that need shared objects
+# Modules that need shared objects.
+LINKED = ("_bz2", "_ctypes", "_decimal", "_hashlib", "_lzma", "_sqlite3", "_uuid", "zlib")
 HOW_TO_INSTALL = "run `apt-get install bubblewrap`, or scripts/sandbox.sh in a clone of this project"
 HOW_TO_ALLOW = (
     "user namespaces must be allowed: user.max_user_namespaces above 0, kernel.unprivileged_userns_clone=1, on Ubuntu "
     "kernel.apparmor_restrict_unprivileged_userns=0 (all by sysctl); a container needs --security-opt "
     "seccomp=unconfined --security-opt apparmor=unconfined, or --privileged; root needs CAP_SETUID, _SETGID, _SETFCAP"
 )
-# What a program may ask of the kernel; anything else fails with EPERM. No sockets, no signals to others, no processes.
+# What a program may ask of the kernel; anything else fails with EPERM. No sockets, no signals to others, no processes;
+# no flock and no utimensat, for /dev/null and the interpreter's files are those of the machine.
 CALLS = """
 access alarm arch_prctl brk chdir chmod clock_getres clock_gettime clock_nanosleep close close_range creat dup dup2 dup3
 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_wait eventfd2 exit exit_group faccessat faccessat2 fchdir fchmod
-fchmodat fcntl fdatasync flock fstat fstatfs fsync ftruncate futex getcpu getcwd getdents getdents64 getegid geteuid
+fchmodat fcntl fdatasync fstat fstatfs fsync ftruncate futex getcpu getcwd getdents getdents64 getegid geteuid
 getgid getgroups getitimer getpgid getpgrp getpid getppid getrandom getresgid getresuid getrlimit getrusage getsid
 gettid gettimeofday getuid lseek lstat madvise membarrier mkdir mkdirat mmap mprotect mremap munmap nanosleep newfstatat
 open openat pause pipe pipe2 poll ppoll pread64 preadv pselect6 pwrite64 pwritev read readlink readlinkat readv rename
 renameat renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigreturn rt_sigsuspend
 rt_sigtimedwait sched_getaffinity sched_yield select set_robust_list set_tid_address setitimer sigaltstack stat statfs
-statx symlink symlinkat tgkill time times truncate umask uname unlink unlinkat utimensat write writev
+statx symlink symlinkat tgkill time times truncate umask uname unlink unlinkat write writev
 """
 SERVER_CALLS = """
 execve getsockname getsockopt kill pidfd_open prctl recvmsg sendto setgroups setresgid setresuid setrlimit wait4 waitid

@@ -8,6 +8,7 @@ A program may rewrite everything it finds here. It gains nothing by it: all that
 the data should be is known outside only, or in the process of the checker, which never runs a program.
 """
 
+import atexit
 import builtins
 import ctypes
 import gc
@@ -94,7 +95,7 @@ def say(file: BinaryIO, message: Any) -> None:
 def serve(settings: dict[str, Any]) -> None:
     """Fork a process per message on the control socket, until nobody is at its other end."""
     os.dup2(settings["control"], CONTROL)
-    os.closerange(CONTROL + 1, 1024)
+    os.closerange(CONTROL + 1, 1 << 20)  # all: where many files are open outside, those handed in have high numbers
     if os.getuid() == 0:  # root outside: become a user that owns nothing, so that the limit on processes holds
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
@@ -105,6 +106,7 @@ def serve(settings: dict[str, Any]) -> None:
     for name in COMMON.split():
         __import__(name)
     sys.argv = ["program.py"]
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # which come from `site`, and that is left out
     os.environ.clear()
     gc.collect()
     gc.freeze()
@@ -204,7 +206,15 @@ def tell_why() -> None:
 
 
 def run(source: str) -> int:
-    """A whole program with stdin and stdout."""
+    """A whole program with stdin and stdout. As any Python, it ends after its threads and what it left for its exit."""
+    status = ran(source)
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    return status
+
+
+def ran(source: str) -> int:
     try:
         loaded = load(source, "__main__")
     except SystemExit as error:
@@ -253,11 +263,12 @@ def called(function: Any, positional: list[Any], named: dict[str, Any]) -> dict[
 
 
 def own_files(line: bool = False) -> tuple[BinaryIO, BinaryIO]:
-    """Take stdin and stdout away, and leave nothing in their place; `line`: what is said goes where is listened."""
+    """Take stdin and stdout away, and leave nothing in their place; `line`: what is said goes where is listened. Then
+    stderr goes too: both ends are busy with the line, and a full pipe that nobody reads would stop the program."""
     files = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(0 if line else 1), "wb")
     silence = os.open(os.devnull, os.O_RDWR)
-    os.dup2(silence, 0)
-    os.dup2(silence, 1)
+    for file in (0, 1, 2) if line else (0, 1):
+        os.dup2(silence, file)
     os.close(silence)
     return files
 

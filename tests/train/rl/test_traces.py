@@ -292,7 +292,7 @@ def test_a_model_or_a_teacher_is_needed_and_questions_must_be_there(policy: Any,
     meter = Meter(Hardware("test", 1e11, None, 1e10, 1e10, 0.1, "test"))
     with pytest.raises(ConfigError, match="traces need a model"):
         collect_traces(TracesConfig(**SMALL), None, tmp_path / "none", meter)
-    with pytest.raises(TaskError, match="distinct train problems; ask for"):
+    with pytest.raises(TaskError, match="distinct train problems; 10000 were asked for"):
         collect(policy, tmp_path / "many", questions=10_000)
     assert not (tmp_path / "many" / "data.jsonl").exists()
 
