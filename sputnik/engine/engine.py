@@ -201,7 +201,8 @@ class Engine:
         offsets = np.repeat(np.array([work.start for work in works]) - starts[:-1], counts)
         positions = torch.from_numpy(np.arange(len(ids)) + offsets)
         tables = self._tables.of(works)
-        return FlatBatch(torch.tensor(ids), positions, torch.tensor(starts), tables, torch.tensor(wanted)), places
+        asked_for = torch.tensor(wanted, dtype=torch.long)  # none, in the middle of a long prompt
+        return FlatBatch(torch.tensor(ids), positions, torch.tensor(starts), tables, asked_for), places
 
     def _drawers(self, works: Sequence[Work], places: Sequence[range]) -> tuple[list[Sample], list[int]]:
         """Samples that draw now, with their rows of hidden states; a prompt just computed serves all its samples."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sputnik.model.config import ModelConfig
 from sputnik.model.gqa import GQA
-from sputnik.model.mla import MLA
+from sputnik.model.mla import LATENT_EPS, MLA
 from sputnik.model.moe import MoE
 from sputnik.model.transformer import DecoderLayer
 
@@ -39,7 +39,8 @@ class FlatBatch:
             starts.append(len(ids))
         width = max(len(blocks) for _, _, blocks in spans)
         tables = torch.tensor([[*blocks, *[0] * (width - len(blocks))] for _, _, blocks in spans], dtype=torch.int32)
-        return cls(torch.tensor(ids), torch.tensor(positions), torch.tensor(starts), tables, torch.tensor(wanted))
+        rows = torch.tensor(wanted, dtype=torch.long)
+        return cls(torch.tensor(ids), torch.tensor(positions), torch.tensor(starts), tables, rows)
 
 
 class Runner(Protocol):
@@ -93,7 +94,8 @@ def layer_weights(layer: DecoderLayer) -> dict[str, Tensor]:
     """One layer as runner.cpp takes it: projections of the same input stacked, kv_b split by head."""
     found: dict[str, Any] = {"norm1": layer.input_layernorm.weight, "norm2": layer.post_attention_layernorm.weight}
     attention, ffn = layer.self_attn, layer.mlp
-    found |= _mla_weights(attention) if isinstance(attention, MLA) else _gqa_weights(attention)
+    eps = layer.input_layernorm.eps
+    found |= _mla_weights(attention, eps) if isinstance(attention, MLA) else _gqa_weights(attention)
     if isinstance(ffn, MoE):
         found["router"], found["router_bias"] = ffn.gate.weight, ffn.gate.e_score_correction_bias
         found["expert_gate_up"], found["expert_down"] = ffn.experts.gate_up_proj, ffn.experts.down_proj
@@ -113,11 +115,16 @@ def _gqa_weights(a: GQA) -> dict[str, Tensor | None]:
     }  # fmt: skip
 
 
-def _mla_weights(a: MLA) -> dict[str, Tensor | None]:
-    first = a.q_a_proj if a.compressed_queries else a.q_proj
+def _mla_weights(a: MLA, eps: float) -> dict[str, Tensor | None]:
+    """Runners know one epsilon, `eps`. A norm with another is that norm of inputs scaled by the root of their ratio."""
+    first = a.q_a_proj.weight if a.compressed_queries else a.q_proj.weight
+    latent, key = a.kv_a_proj_with_mqa.weight.split([a.latent, a.rope])
+    if eps != LATENT_EPS:
+        scale = (eps / LATENT_EPS) ** 0.5
+        first, latent = first.float() * scale if a.compressed_queries else first, latent.float() * scale
     up_hxc = a.kv_b_proj.weight.view(a.heads, a.nope + a.value, a.latent)
     found: dict[str, Tensor | None] = {
-        "qkv": torch.cat([first.weight, a.kv_a_proj_with_mqa.weight]), "kv_norm": a.kv_a_layernorm.weight,
+        "qkv": torch.cat([first, latent, key]), "kv_norm": a.kv_a_layernorm.weight,
         "kv_b": a.kv_b_proj.weight, "up_key": up_hxc[:, : a.nope].transpose(1, 2), "up_value": up_hxc[:, a.nope :],
         "out": a.o_proj.weight,
     }  # fmt: skip

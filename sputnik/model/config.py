@@ -13,6 +13,7 @@ from typing import Any
 
 from sputnik.config import from_dict
 from sputnik.errors import CheckpointError, ConfigError
+from sputnik.model.hf_config import V3_UNSAID, read_deepseek, read_rope, refuse_other_gates, refuse_unsupported
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -32,6 +33,7 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
     ),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "linear": (("factor",), ()),
 }
 
 
@@ -136,15 +138,17 @@ class ModelConfig:
         model_type = config.get("model_type")
         if model_type not in ARCHITECTURES:
             raise CheckpointError(f"config.json: model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
-        _refuse_unsupported(config)
+        if model_type == "deepseek_v3":
+            config = {**V3_UNSAID, **config}
+        refuse_unsupported(config)
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
-        values["rope_theta"], values["rope_scaling"] = _read_rope(config)
+        values["rope_theta"], values["rope_scaling"] = read_rope(config)
         values["initializer_range"] = config.get("initializer_range", 0.02)
         values |= {name: config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         values.setdefault("num_key_value_heads", config["num_attention_heads"])
         if model_type.startswith("deepseek"):
             values.pop("head_dim", None)  # transformers writes the rope width there
-            values |= _read_deepseek(config)
+            values |= read_deepseek(config)
         else:
             values |= dict.fromkeys(("kv_lora_rank", "q_lora_rank", "n_routed_experts"))
             values.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
@@ -161,6 +165,10 @@ class ModelConfig:
             "first_k_dense_replace", "scoring_func", "topk_method", "norm_topk_prob", "routed_scaling_factor",
             "num_nextn_predict_layers",
         }  # fmt: skip
+        if self.n_routed_experts is not None:
+            refuse_other_gates(fields)
+        elif self.is_mla:  # transformers wants a number, and no layer that would have so many experts
+            fields |= {"n_routed_experts": 0, "first_k_dense_replace": self.num_hidden_layers}
         if self.is_mla:
             fields.pop("head_dim")
             # Without scoring_func and topk_method vLLM refuses the model and llama.cpp computes something else.
@@ -222,6 +230,8 @@ def _mla_problems(c: ModelConfig) -> Iterator[str]:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(c, name) <= 0:
             yield f"MLA needs {name} > 0"
+    if not c.rms_norm_eps:
+        yield "rms_norm_eps = 0: MLA needs more"
     for name in ("kv_lora_rank", "qk_nope_head_dim"):
         if getattr(c, name) % 2:
             yield f"{name} = {getattr(c, name)}: must be even, because what lies behind is rotated in pairs"
@@ -257,7 +267,7 @@ def _expert_problems(c: ModelConfig, experts: int) -> Iterator[str]:
 def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
     kind = scaling.get("rope_type")
     if kind not in ROPE_KEYS:
-        yield f"rope_scaling: rope_type {kind!r} is not computed here; use {' or '.join(ROPE_KEYS)}, or no rope_scaling"
+        yield f"rope_scaling: rope_type {kind!r} is not computed here; use {', '.join(ROPE_KEYS)} or no rope_scaling"
         return
     required, optional = ROPE_KEYS[kind]
     for key in required:
@@ -272,58 +282,6 @@ def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
     for key in scaling:
         if key not in (*required, *optional, "rope_type"):
             yield f"rope_scaling of type {kind} has no key {key!r}; known: {', '.join((*required, *optional))}"
-
-
-def _read_rope(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """(theta, scaling) from either generation of keys; scaling None means plain RoPE."""
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
-    scaling = dict(new if new is not None else old or {})
-    theta = scaling.pop("rope_theta", config.get("rope_theta"))
-    theta = 10000.0 if theta is None else theta
-    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("config.json: partial_rotary_factor is not computed here")
-    legacy = scaling.pop("type", None)
-    kind = scaling.pop("rope_type", legacy)
-    if kind == "default" or not (kind or scaling):
-        return theta, None
-    return theta, {"rope_type": kind} | scaling
-
-
-def _read_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields whose absence means something else than our default. transformers leaves out scoring_func and
-    topk_method, and means V3's sigmoid gate for deepseek_v3."""
-    v3 = config["model_type"] == "deepseek_v3"
-    expert_free = not config.get("n_routed_experts")
-    return {
-        "scoring_func": config.get("scoring_func") or ("sigmoid" if v3 else "softmax"),
-        "topk_method": config.get("topk_method") or ("noaux_tc" if v3 else "greedy"),
-        "norm_topk_prob": bool(config.get("norm_topk_prob", v3)),
-        "n_routed_experts": None if expert_free else config["n_routed_experts"],
-        "n_shared_experts": config.get("n_shared_experts", 1) or 0,
-        "n_group": config.get("n_group") or 1,
-        "topk_group": config.get("topk_group") or 1,
-        "q_lora_rank": config.get("q_lora_rank"),
-    }
-
-
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """CheckpointError for a feature that changes the function and that we do not compute."""
-    layers = config.get("num_hidden_layers", 0)
-    window = config.get("use_sliding_window") and config.get("max_window_layers", 0) < layers
-    kinds = set(config.get("layer_types") or []) - {"full_attention"}
-    refused = {
-        f"hidden_act {config.get('hidden_act')!r}": config.get("hidden_act", "silu") != "silu",
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "use_sliding_window": bool(window),
-        f"layer_types {sorted(kinds)}": bool(kinds),
-        "attention_dropout": bool(config.get("attention_dropout")),
-        "moe_layer_freq other than 1": config.get("moe_layer_freq", 1) != 1,
-        "rope_interleave false": config.get("rope_interleave", True) is False,
-        "attention_bias with MLA": bool(config.get("kv_lora_rank") and config.get("attention_bias")),
-    }
-    for feature, present in refused.items():
-        if present:
-            raise CheckpointError(f"config.json: {feature} is not computed here; convert another checkpoint")
 
 
 DEEPSEEK_YARN = {

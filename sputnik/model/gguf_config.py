@@ -17,7 +17,8 @@ from sputnik.config import from_dict
 from sputnik.errors import CheckpointError, SputnikError
 from sputnik.model.config import ModelConfig
 from sputnik.model.gguf_names import ROPE_FACTORS
-from sputnik.model.rope import inverse_frequencies
+from sputnik.model.mla import LATENT_EPS
+from sputnik.model.rope import inverse_frequencies, yarn_range
 from sputnik.text.gguf_header import Header
 
 ARCHITECTURES = ("llama", "qwen2", "deepseek2")
@@ -114,6 +115,8 @@ def _gqa(values: _Values) -> dict[str, Any]:
 
 def _deepseek(values: _Values) -> dict[str, Any]:
     rope = values.count("rope.dimension_count")
+    if abs(values.get("attention.layer_norm_rms_epsilon") - LATENT_EPS) > 1e-9:
+        raise CheckpointError(f"{values.header.path}: norms of latents need an epsilon of {LATENT_EPS} here")
     sizes = {
         "kv_lora_rank": values.count("attention.kv_lora_rank"),
         "q_lora_rank": values.count("attention.q_lora_rank", 0) or None,
@@ -122,7 +125,9 @@ def _deepseek(values: _Values) -> dict[str, Any]:
         "v_head_dim": values.count("attention.value_length_mla", values.count("attention.value_length", 0)),
         "num_key_value_heads": values.count("attention.head_count"),
     }
-    if not values.count("expert_count", 0):
+    if not values.count("expert_count", 0) or values.count("leading_dense_block_count", 0) >= values.count(
+        "block_count"
+    ):
         return sizes | {"model_type": "deepseek_v3", "first_k_dense_replace": values.count("block_count")}
     groups, kept = values.count("expert_group_count", 1) or 1, values.count("expert_group_used_count", 1) or 1
     biased = any(name.endswith(".exp_probs_b.bias") for name in values.header.tensors)
@@ -160,6 +165,8 @@ def _rope_scaling(values: _Values, config: ModelConfig, factors: Tensor | None) 
         return scaling
     if kind in ("none", "linear") and factor in (0.0, 1.0):
         return None
+    if kind == "linear" and not config.is_mla:
+        return {"rope_type": "linear", "factor": factor}
     raise CheckpointError(f"{values.header.path}: RoPE scaling {kind!r} by {factor} is not computed here")
 
 
@@ -216,9 +223,20 @@ def _impossible(c: ModelConfig) -> Iterator[str]:
             yield "it ranks a group of experts by the best two, not by the best one"
         if c.n_group == c.n_routed_experts and _grouped(c):
             yield "a group needs more than one expert"
+    if c.is_mla and abs(c.rms_norm_eps - LATENT_EPS) > 1e-9:
+        yield f"its norms of latents have the epsilon of all others, which must be {LATENT_EPS}"
+    if c.model_type == "qwen2" and c.num_attention_heads * c.gqa_head_dim != c.hidden_size:
+        yield f"qwen2 wants heads of {c.hidden_size} / {c.num_attention_heads}"
     scaling = c.rope_scaling or {}
+    if scaling.get("rope_type") == "llama3" and c.model_type != "llama":
+        yield "it takes Llama 3's RoPE for llama only"
+    if scaling.get("rope_type") == "linear" and c.is_mla:
+        yield "with MLA it takes no linear RoPE scaling"
     if scaling.get("rope_type") != "yarn":
         return
+    low, high = yarn_range(c.rope_dim, c.rope_theta, scaling)
+    if low > high:
+        yield "YaRN's range of frequencies is upside down"
     if (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1, scaling.get("truncate", True)) != (32, 1, True):
         yield "of YaRN it takes beta_fast 32, beta_slow 1 and truncate only"
     weights = (scaling.get("mscale"), scaling.get("mscale_all_dim"))
@@ -266,6 +284,8 @@ def _rope_metadata(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     if scaling is None:
         return {"rope.scaling.type": "none"}
+    if scaling["rope_type"] == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
     original = {"rope.scaling.original_context_length": scaling["original_max_position_embeddings"]}
     if scaling["rope_type"] == "llama3":
         return {"rope.scaling.type": "none"} | original

@@ -16,6 +16,8 @@ from sputnik.model.kernels import fused
 from sputnik.model.precision import Linear, RMSNorm, linear
 from sputnik.model.rope import rotate_interleaved, rotate_tail_, softmax_scale
 
+LATENT_EPS = 1e-6  # of the latents' norms in DeepSeek's code, whatever rms_norm_eps says
+
 
 class MLA(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -31,10 +33,10 @@ class MLA(nn.Module):
             self.q_proj = Linear(hidden, query_width, bias=False)
         else:
             self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=False)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, query_width, bias=False)
         self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.latent, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_EPS)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = Linear(self.heads * self.value, hidden, bias=False)
 

@@ -1,4 +1,4 @@
-"""Rotary positions: frequency tables (plain, YaRN, Llama 3) and the two ways of pairing dimensions.
+"""Rotary positions: frequency tables (plain, linear, YaRN, Llama 3) and the two ways of pairing dimensions.
 
 DeepSeek rotates interleaved pairs (2i, 2i+1); Llama and Qwen rotate (i, i + d/2). Both are one complex product in fp32
 here. Tables are made on first use and grow by doubling, so building a 163,840-position model on the meta device costs
@@ -16,15 +16,21 @@ from sputnik.model.config import ModelConfig
 
 
 def inverse_frequencies(dim: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
-    """(R/2,) angles per position, and the factor on cos and sin (1 except for some YaRN settings)."""
-    plain = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    """(R/2,) angles per position, and the factor on cos and sin (1 except for some YaRN settings).
+
+    Rounded as transformers rounds: far out, the last bit of an angle shows in the logits."""
+    wave = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    plain = 1.0 / wave
     if scaling is None:
         return plain, 1.0
+    if scaling["rope_type"] == "linear":
+        return plain / scaling["factor"], 1.0
     if scaling["rope_type"] == "llama3":
         return _llama3(plain, scaling), 1.0
     low, high = yarn_range(dim, theta, scaling)
-    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
-    return plain / scaling["factor"] * ramp + plain * (1 - ramp), _yarn_magnitude(scaling)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)).clamp(0, 1)
+    keep = 1 - ramp
+    return 1.0 / (scaling["factor"] * wave) * (1 - keep) + plain * keep, _yarn_magnitude(scaling)
 
 
 def yarn_range(dim: int, theta: float, scaling: Mapping[str, Any]) -> tuple[float, float]:
@@ -64,8 +70,8 @@ def _llama3(plain: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Llama 3.1: long waves divided by `factor`, short ones kept, a linear blend between."""
     length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((length * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return plain * keep + plain / factor * (1 - keep)
+    keep = ((length / (2 * math.pi / plain) - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * plain / factor + keep * plain
 
 
 class Rope:

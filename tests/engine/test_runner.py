@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sputnik.engine.config import EngineConfig
+from sputnik.engine.engine import Engine
 from sputnik.engine.gpu_runner import GpuRunner
 from sputnik.engine.metrics import WEIGHT_BYTES
+from sputnik.engine.params import SamplingParams
 from sputnik.engine.runner import FORMATS, FlatBatch, NativeRunner, TorchRunner, make_runner
+from sputnik.engine.sample import Request
 from sputnik.errors import ConfigError
 from sputnik.model import kernels
 from sputnik.model.config import ModelConfig
@@ -38,7 +42,7 @@ YARN = {
 V2 = {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "norm_topk_prob": False, "n_shared_experts": 2}
 CASES: dict[str, dict[str, Any]] = {
     "v3": MLA,
-    "v3-yarn": MLA | {"rope_scaling": YARN},
+    "v3-yarn": MLA | {"rope_scaling": YARN, "rms_norm_eps": 1e-2},
     "v3-full-queries": MLA | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "v3-no-shared": MLA | {"n_shared_experts": 0},
     "v2-softmax": MLA | V2,
@@ -132,6 +136,16 @@ def test_a_batch_outside_of_its_blocks_is_refused() -> None:
         runner.forward(FlatBatch.of([([1, 2], 3, [0])], [0]))
     with pytest.raises(RuntimeError, match="must be its tokens"):
         runner.forward(replace(FlatBatch.of([([1, 2], 0, [0])], [0]), starts=torch.tensor([0, 3])))
+
+
+@torch.no_grad()
+def test_a_prompt_longer_than_a_step_is_answered() -> None:
+    """More than the 2048 tokens of an engine's step, so that the first step asks for no logits."""
+    model = make_model(GQA | {"max_position_embeddings": 2100, "num_hidden_layers": 1})
+    prompt = [3 + place * place % 90 for place in range(2090)]
+    request = Request(prompt, SamplingParams(temperature=0, max_tokens=1))
+    ((each,),) = Engine(model, (), EngineConfig(precision="fp32", cache_tokens=4096)).run([request])
+    assert each.written == [int(model(torch.tensor([prompt]))[0, -1].argmax())]
 
 
 @pytest.mark.parametrize("kind", RUNNERS)

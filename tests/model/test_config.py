@@ -60,6 +60,26 @@ def test_what_transformers_leaves_out_of_v3_is_the_v3_gate() -> None:
     assert (config.scoring_func, config.topk_method, config.norm_topk_prob) == ("sigmoid", "noaux_tc", True)
 
 
+def test_missing_fields_of_v3_mean_what_they_mean_in_transformers() -> None:
+    unsaid = ("n_group", "topk_group", "num_experts_per_tok", "routed_scaling_factor", "first_k_dense_replace")
+    sparse = {k: v for k, v in ModelConfig.preset("v3-671b").to_hf().items() if k not in unsaid}
+    config = ModelConfig.from_hf(sparse)
+    assert tuple(getattr(config, name) for name in unsaid) == (8, 4, 8, 2.5, 3)
+    assert ModelConfig.from_hf(sparse | {"num_hidden_layers": 2}).first_k_dense_replace == 2
+
+
+def test_the_original_length_is_found_where_transformers_looks_for_it() -> None:
+    def length(**fields: Any) -> int:
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+        config = ModelConfig.from_hf(QWEN2 | {"rope_scaling": scaling} | fields)
+        assert config.rope_scaling is not None
+        return int(config.rope_scaling["original_max_position_embeddings"])
+
+    assert length() == 64 and length(original_max_position_embeddings=32) == 32
+    assert length(rope_scaling={"type": "yarn", "factor": 4.0}) == QWEN2["max_position_embeddings"]
+    assert length(rope_parameters={"rope_type": "yarn", "factor": 2.0}) == 64, "the old key wins where both are"
+
+
 def test_written_config_tells_engines_what_they_need() -> None:
     written = ModelConfig.preset("v3-671b").to_hf()
     expected = {
@@ -148,7 +168,8 @@ def test_unknown_preset_names_the_known_ones() -> None:
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"model_type": "llama", "sliding_window": 64}, "sliding_window"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_type None is not computed here"),
         ({"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}}, "rope_type None is not computed here"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -158,3 +179,22 @@ def test_unknown_preset_names_the_known_ones() -> None:
 def test_a_function_we_do_not_compute_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises((CheckpointError, ConfigError), match=named):
         ModelConfig.from_hf(QWEN2 | changes)
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("mini", {"scoring_func": "softmax"}),
+        ("mini", {"topk_method": "greedy"}),
+        ("v2-lite", {"norm_topk_prob": True}),
+    ],
+)
+def test_gates_that_transformers_would_take_for_others_are_neither_read_nor_written(
+    preset: str, changes: dict[str, Any]
+) -> None:
+    config = ModelConfig.preset(preset)
+    named = f"a {config.model_type} model has no {next(iter(changes))}"
+    with pytest.raises(CheckpointError, match=named):
+        ModelConfig.from_hf(config.to_hf() | changes)
+    with pytest.raises(CheckpointError, match=named):
+        ModelConfig.preset(preset, **changes).to_hf()

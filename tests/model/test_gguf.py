@@ -27,6 +27,7 @@ YARN = {
     "mscale": 0.7,
     "mscale_all_dim": 0.7,
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama": ("dense", {"model_type": "llama", "head_dim": 12}),
     "llama-3": ("dense", {"model_type": "llama", "head_dim": 12, "rope_scaling": LLAMA3, "tie_word_embeddings": True}),
+    "llama-linear": ("dense", {"model_type": "llama", "head_dim": 12, "rope_scaling": LINEAR}),
     "llama-biased": ("dense", {"model_type": "llama", "head_dim": 12, "attention_bias": True}),
     "qwen2": ("dense", {"head_dim": 12, "rms_norm_eps": 1e-5, "rope_theta": 5e5}),
 }  # fmt: skip
@@ -74,6 +76,12 @@ def test_a_model_comes_back_exactly(case: str, build: Build, tmp_path: Path) -> 
     assert same_tensors(model, back) and not back.training
     unsaid = {"initializer_range": 0.02, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     assert back.config == dataclasses.replace(model.config, **unsaid)
+
+
+def test_experts_in_no_layer_leave_no_trace(build: Build, tmp_path: Path) -> None:
+    back = load_model(write(build(first_k_dense_replace=3), tmp_path / "a.gguf"))
+    assert back.config.n_routed_experts is None
+    save_model(back, tmp_path / "hf")
 
 
 def test_tokenizer_and_directory(build: Build, vocabulary: Tokenizer, tmp_path: Path) -> None:
@@ -158,11 +166,17 @@ def test_models_llama_cpp_would_compute_otherwise_are_refused(build: Build, tmp_
         ({"n_shared_experts": 0}, "needs a shared expert"),
         ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale equal to mscale_all_dim"),
         ({"rope_scaling": YARN | {"beta_fast": 16}}, "beta_fast 32"),
+        ({"rope_scaling": YARN | {"original_max_position_embeddings": 4096}, "rope_theta": 3.0}, "upside down"),
+        ({"rope_scaling": LINEAR}, "no linear RoPE scaling"),
+        ({"rms_norm_eps": 1e-5}, "the epsilon of all others"),
+        ({"rope_scaling": LLAMA3}, "for llama only"),
         ({"num_hidden_layers": 27}, "uncompressed queries"),
         ({"model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}, "best two"),
     ):
         with pytest.raises(CheckpointError, match=words):
             write(build(**changes), tmp_path / "a.gguf")
+    with pytest.raises(CheckpointError, match="qwen2 wants heads of 48 / 4"):
+        write(build("dense", head_dim=16), tmp_path / "a.gguf")
     with pytest.raises(ConfigError, match="choose one of F32, F16, BF16, Q8_0"):
         write(build(), tmp_path / "a.gguf", "Q4_K")
     assert not list(tmp_path.iterdir())

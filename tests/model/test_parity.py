@@ -14,6 +14,7 @@ import torch
 from sputnik.model.cache import Cache
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.config import ModelConfig
+from sputnik.model.rope import inverse_frequencies
 from sputnik.model.transformer import Transformer
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -45,12 +46,13 @@ LLAMA3 = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "v3": ("DeepseekV3", MLA | {"rope_scaling": yarn(mscale=1.0, mscale_all_dim=1.0)}),
     "v3-plain-rope": ("DeepseekV3", MLA),
-    "v3-full-queries": ("DeepseekV3", MLA | {"q_lora_rank": None}),
+    "v3-full-queries": ("DeepseekV3", MLA | {"q_lora_rank": None, "rms_norm_eps": 1e-3}),
     "v3-yarn-mscale-ratio": ("DeepseekV3", MLA | {"rope_scaling": yarn(mscale=1.0, mscale_all_dim=0.5)}),
     "v3-yarn-no-mscale": ("DeepseekV3", MLA | {"rope_scaling": yarn()}),
     "v3-no-dense-layer": ("DeepseekV3", MLA | {"first_k_dense_replace": 0}),
     "v3-two-dense-layers": ("DeepseekV3", MLA | {"first_k_dense_replace": 2, "q_lora_rank": None}),
-    "v3-all-dense": ("DeepseekV3", MLA | {"first_k_dense_replace": 3}),
+    "v3-all-dense": ("DeepseekV3", MLA | {"first_k_dense_replace": 5}),
+    "v3-linear": ("DeepseekV3", MLA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "rms_norm_eps": 1e-2}),
     "v3-one-group-top1": ("DeepseekV3", MLA | {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1}),
     "v3-one-group-kept": ("DeepseekV3", MLA | {"n_group": 8, "topk_group": 1, "num_experts_per_tok": 2}),
     "v3-every-expert": ("DeepseekV3", MLA | {"n_routed_experts": 4, "n_group": 2}),
@@ -64,10 +66,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         MLA | SOFTMAX | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
                          "rope_scaling": yarn(mscale=0.707, mscale_all_dim=0.707)},
     ),
-    "v2-groups": ("DeepseekV2", MLA | SOFTMAX | {"topk_method": "group_limited_greedy"}),
+    "v2-groups": ("DeepseekV2", MLA | SOFTMAX | {"topk_method": "group_limited_greedy", "rms_norm_eps": 1e-4}),
     "llama": ("Llama", GQA),
     "llama-tied": ("Llama", GQA | {"tie_word_embeddings": True, "rope_theta": 100.0}),
     "llama-3": ("Llama", GQA | {"rope_scaling": LLAMA3, "head_dim": 12, "num_key_value_heads": 1}),
+    "llama-linear": ("Llama", GQA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "hidden_act": "swish"}),
+    "llama-yarn-upside-down": ("Llama", GQA | {"rope_theta": 3.0, "rope_scaling": yarn() | {"beta_slow": 40}}),
     "llama-biased": ("Llama", GQA | {"attention_bias": True, "num_key_value_heads": 4}),
     "qwen2": ("Qwen2", GQA),
     "qwen2-tied": ("Qwen2", GQA | {"tie_word_embeddings": True}),
@@ -139,6 +143,32 @@ def test_transformers_reads_a_preset_we_initialised(tmp_path: Path) -> None:
     assert all(name.startswith("model.layers.4.") for name in info["unexpected_keys"])
     ids = prompts()
     torch.testing.assert_close(theirs(ids).logits, model(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scaling", [yarn(), yarn(mscale=0.7, mscale_all_dim=1.0), LLAMA3])
+@pytest.mark.parametrize(("theta", "width"), [(1e6, 32), (1e4, 64)])
+def test_frequencies_are_those_of_transformers_to_the_last_bit(
+    scaling: dict[str, Any], theta: float, width: int
+) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = scaling | {"original_max_position_embeddings": 1024, "factor": 40.0}
+    config = transformers.LlamaConfig(
+        hidden_size=width, num_attention_heads=1, rope_parameters=scaling | {"rope_theta": theta}
+    )
+    expected, magnitude = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+    found, factor = inverse_frequencies(width, theta, scaling)
+    assert torch.equal(found, expected) and factor == pytest.approx(magnitude, abs=1e-12)
+
+
+@torch.no_grad()
+def test_transformers_reads_latent_attention_without_experts(tmp_path: Path) -> None:
+    config = ModelConfig(**(MLA | {"n_routed_experts": None}), initializer_range=0.1)
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0)).eval()
+    save_model(model, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(theirs(prompts()).logits, model(prompts()), atol=1e-4, rtol=0)
+    assert load_model(tmp_path).config.n_routed_experts is None
 
 
 @torch.no_grad()
