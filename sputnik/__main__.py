@@ -40,7 +40,7 @@ VERBS = {
     "doctor": ("sputnik.cli.doctor:DoctorConfig", "what this machine has, what is missing, how to get it"),
 }
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FIXES: Mapping[int, str] = {
     errno.ENOENT: "check the name",
     errno.EISDIR: "name a file, not a directory",
@@ -51,6 +51,7 @@ FIXES: Mapping[int, str] = {
     errno.EROFS: "name another place",
     errno.ENOSPC: "make room and run the same command again",
     errno.EDQUOT: "make room and run the same command again",
+    errno.EFBIG: "raise the limit of files (ulimit -f) and run the same command again",
 }
 """What a user can do about a file that the system refuses; of other errors the system's own words have to do."""
 

@@ -6,9 +6,9 @@ may have an "id", "thinking": false, and "params": fields of `SamplingParams` th
     {"line": 3, "id": "q3", "answers": [{"text": "12", "thinking": "7+5=12", "finish": "stop", "tokens": 9}], ...}
 
 Answers are written as they are done; when all are there the file is put into the order of the prompts. After a kill or
-Ctrl-C the same command goes on: what has its answer is not asked again, and a file of answers to other prompts or of
-other settings is refused. Lines that cannot be answered are reported by number and stop nobody; the exit code is then
-1. Left out: prompts from a pipe, which could not be resumed.
+Ctrl-C the same command goes on: what has its answer is not asked again, and a file of answers to other prompts, of
+another model or of other settings is refused. Lines that cannot be answered are reported by number and stop nobody; the
+exit code is then 1. Left out: prompts from a pipe, which could not be resumed.
 """
 
 import hashlib
@@ -31,6 +31,8 @@ from sputnik.engine.outputs import Output
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sampling import sample_seed
 from sputnik.errors import ConfigError, DataError, SputnikError
+from sputnik.eval.models import fingerprint
+from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.text.chat import Prompt
 
 TYPES: Mapping[str, Any] = {"prompt": str, "messages": list, "id": str | int, "thinking": bool, "params": dict}
@@ -81,10 +83,12 @@ class GenerateConfig:
             thinking_budget=self.thinking_budget,
         )
 
-    def lines(self) -> Iterator[tuple[int, str, bytes]]:
-        """Number, key and text of each prompt; the key changes with all that its answer depends on."""
+    def lines(self, weights: str) -> Iterator[tuple[int, str, bytes]]:
+        """Number, key and text of each prompt; the key changes with all that its answer depends on. `weights`: a
+        fingerprint of the model."""
         beside = ("prompts", "out", "concurrency", "cache_gib")
-        settings = json.dumps({k: v for k, v in asdict(self).items() if k not in beside}, sort_keys=True)
+        decisive = {k: v for k, v in asdict(self).items() if k not in beside} | {"fingerprint": weights}
+        settings = json.dumps(decisive, sort_keys=True)
         secret = hashlib.sha256(settings.encode()).digest()
         with self.prompts.open("rb") as file:
             for number, raw in enumerate(file, 1):
@@ -95,14 +99,14 @@ class GenerateConfig:
 class Batch:
     """One run over the prompts that have no answer yet."""
 
-    def __init__(self, config: GenerateConfig, llm: LLM, answers: Answers, console: Console) -> None:
-        self.config, self.llm, self.answers, self.console = config, llm, answers, console
+    def __init__(self, config: GenerateConfig, weights: str, llm: LLM, answers: Answers, console: Console) -> None:
+        self.config, self.weights, self.llm, self.answers, self.console = config, weights, llm, answers, console
         self.params = config.params()
         self.bad: list[int] = []
         self._running: dict[int, tuple[dict[str, Any], Stream]] = {}
 
     def run(self, progress: "Progress") -> None:
-        waiting = (each for each in self.config.lines() if each[0] not in self.answers.keys)
+        waiting = (each for each in self.config.lines(self.weights) if each[0] not in self.answers.keys)
         while True:
             while len(self._running) < AHEAD * self.config.concurrency and (each := next(waiting, None)) is not None:
                 self._start(*each)
@@ -189,7 +193,8 @@ def main(config: GenerateConfig) -> int:
 
 
 def _answer(config: GenerateConfig, answers: Answers, console: Console) -> int:
-    total, known = _survey(config, answers), len(answers.keys)
+    weights = fingerprint(find_checkpoint(config.model).path)
+    total, known = _survey(config, weights, answers), len(answers.keys)
     bad: list[int] = []
     if known < total:
         llm = load_llm(
@@ -197,7 +202,7 @@ def _answer(config: GenerateConfig, answers: Answers, console: Console) -> int:
             max_running=config.concurrency, cache_bytes=int(config.cache_gib * 2**30),
         )  # fmt: skip
         require_thinking(llm, config.thinking)
-        batch, progress = Batch(config, llm, answers, console), Progress(console, total, known)
+        batch, progress = Batch(config, weights, llm, answers, console), Progress(console, total, known)
         bad = batch.bad
         try:
             batch.run(progress)
@@ -215,16 +220,16 @@ def _answer(config: GenerateConfig, answers: Answers, console: Console) -> int:
     return 1 if bad else 0
 
 
-def _survey(config: GenerateConfig, answers: Answers) -> int:
+def _survey(config: GenerateConfig, weights: str, answers: Answers) -> int:
     """How many prompts there are; DataError if the answers that are there are not theirs."""
     total, found = 0, 0
-    for line, key, _ in config.lines():
+    for line, key, _ in config.lines(weights):
         total += 1
         found += line in answers.keys
         if answers.keys.get(line, key) != key:
             raise DataError(
-                f"{config.out}: the answer to line {line} is one to another prompt or with other settings: give "
-                "another --out"
+                f"{config.out}: the answer to line {line} is one to another prompt, of another model or with "
+                "other settings: give another --out"
             )
     if found < len(answers.keys):
         raise DataError(f"{config.out}: answers lines that {config.prompts} does not have: give another --out")

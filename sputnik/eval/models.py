@@ -101,7 +101,10 @@ NO_ROOM = Reply(Completion("", "", closed=False, truncated=True, well_formed=Fal
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Tells a checkpoint from another, or from itself after more training, without reading its weights."""
+    """Tells a checkpoint from another, or from itself after more training; a copy of it is the same one."""
     files = [checkpoint] if checkpoint.is_file() else sorted(path for path in checkpoint.iterdir() if path.is_file())
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()[:16]

@@ -10,6 +10,7 @@ is a function of the run directory and is written again after each seed. What de
 stage runs; a rule that was changed afterwards is marked on the card. A recipe that fails does not stop the others.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from sputnik.recipe.evidence import read_json
 from sputnik.recipe.findings_claim import Claim
 from sputnik.recipe.lineage import Lineage
 from sputnik.recipe.recipe import Kind, Recipe, Stage, read_recipe
-from sputnik.recipe.runner import duration, run_recipe
+from sputnik.recipe.runner import duration, run_lock, run_recipe
 from sputnik.train.state import write_json
 
 KEYS = ["name", "out", "recipes"]
@@ -253,13 +254,17 @@ def _forget(card: Card, run: Path, name: str) -> None:
     source, _, stage = name.partition(".")
     if source not in (each.name for each in card.sources):
         raise ConfigError(f"--fresh {name}: no such recipe; there are {', '.join(s.name for s in card.sources)}")
-    if not stage:
-        shutil.rmtree(run / source, ignore_errors=True)
-        return
-    for folder in sorted((run / source).glob("seed-*/lineage.json")):
-        lineage = Lineage(folder.parent)
-        if stage in lineage.records:
-            lineage.forget(lineage.descendants(stage))
+    folders = [path.parent for path in sorted((run / source).glob("seed-*/lineage.json"))]
+    with contextlib.ExitStack() as held:
+        for folder in folders:  # of a seed that another process is at, nothing is deleted
+            held.enter_context(run_lock(folder))
+        if not stage:
+            shutil.rmtree(run / source, ignore_errors=True)
+            return
+        for folder in folders:
+            lineage = Lineage(folder)
+            if stage in lineage.records:
+                lineage.forget(lineage.descendants(stage))
 
 
 def _plan(units: Sequence[Unit]) -> Table:

@@ -11,8 +11,8 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -67,12 +67,16 @@ class Lineage:
         self.run = run
         self.path = run / "lineage.json"
         self.records: dict[str, Record] = {}
+        self._written = 0.0
         if self.path.exists():
+            self._written = self.path.stat().st_mtime
             try:
                 stored = json.loads(self.path.read_text(encoding="utf-8"))["stages"]
                 self.records = {record["name"]: from_dict(Record, record, str(self.path)) for record in stored}
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
-                raise DataError(f"{self.path} cannot be read ({error}); start a new run with --name NAME") from None
+                raise DataError(
+                    f"{self.path} cannot be read ({error}); put a copy of it back, or start a new run with --name NAME"
+                ) from None
 
     def set(self, record: Record) -> None:
         self.records[record.name] = record
@@ -93,21 +97,37 @@ class Lineage:
     def book(self, record: Record, attempt: Spent, outcome: str) -> Spent:
         """Add one attempt to the ledger; returns the sum of all attempts at this stage with these settings."""
         ledger = JsonLines(self.run / "ledger.jsonl")
-        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.began))
         ledger.write(
-            {"stage": record.name, "hash": record.hash, "started": started, "outcome": outcome, **asdict(attempt)}
+            {"stage": record.name, "hash": record.hash, "started": _started(record), "outcome": outcome}
+            | asdict(attempt)
         )
         ledger.close()
-        lines = [
-            line for line in read_jsonl(ledger.path) if (line["stage"], line["hash"]) == (record.name, record.hash)
-        ]
-        return Spent(sum(line["seconds"] for line in lines), sum(line["usd"] for line in lines))
+        return self._spent(record)
 
-    def seconds_of_killed_attempt(self, record: Record) -> float:
-        """An attempt that was killed booked nothing; it lived at least until the last file it wrote."""
+    def book_killed(self, price: Callable[[float], Spent]) -> None:
+        """Whoever holds the lock of the run knows that nobody is at a stage that is said to be running: its process was
+        killed, before it could book the attempt or just after."""
+        for record in list(self.records.values()):
+            if record.status == "running":
+                if _started(record) not in (line["started"] for line in self._attempts(record)):
+                    self.book(record, price(self._seconds_of_killed(record)), "killed")
+                self.set(replace(record, status="stopped", **asdict(self._spent(record))))
+
+    def _seconds_of_killed(self, record: Record) -> float:
+        """It lived at least until the last file it wrote. It began by writing the lineage: in a copy of the run, whose
+        files may all be as old as the copy, that is no time at all instead of the days since."""
         places = (self.run / record.name, sibling(self.run / record.name, "partial"))
         touched = [path.stat().st_mtime for place in places for path in place.rglob("*") if path.is_file()]
-        return max(0.0, max(touched, default=record.began) - record.began)
+        began = max(record.began, self._written)
+        return max(0.0, max(touched, default=began) - began)
+
+    def _attempts(self, record: Record) -> list[dict[str, Any]]:
+        lines = read_jsonl(self.run / "ledger.jsonl")
+        return [line for line in lines if (line["stage"], line["hash"]) == (record.name, record.hash)]
+
+    def _spent(self, record: Record) -> Spent:
+        lines = self._attempts(record)
+        return Spent(sum(line["seconds"] for line in lines), sum(line["usd"] for line in lines))
 
     def descendants(self, name: str) -> list[str]:
         """`name` and every recorded stage built on it."""
@@ -127,7 +147,9 @@ class Lineage:
                 decisions[stage.name] = "run"
             elif record.hash != stage.hash:
                 raise ConfigError(self._refusal(stage, record))
-            elif record.status == "done" and (self.run / stage.name).is_dir():
+            elif record.status == "done" and all(
+                (self.run / stage.name / each).exists() for each in ("", *stage.makes)
+            ):
                 decisions[stage.name] = "skip"
             else:
                 decisions[stage.name] = "continue"
@@ -152,6 +174,10 @@ class Lineage:
             f"{self.run}: stage {stage.name!r} was made with other settings: {'; '.join(changes)}. "
             f"Make it again with --fresh {stage.name}{also}, or keep both with --name NAME"
         )
+
+
+def _started(record: Record) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.began))
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

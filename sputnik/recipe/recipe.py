@@ -53,6 +53,7 @@ class Kind:
     here, and keys that are `gone` are in it with theirs.
     One that `stands_alone` has no parent unless the recipe names one.
     `headline` names the figures that are shown when a stage ends; all of them are in the lineage.
+    `makes` names files and folders that others read: a finished stage that has lost one is gone on with.
     """
 
     config: type
@@ -64,6 +65,7 @@ class Kind:
     added: Mapping[str, Any] = field(default_factory=dict)
     gone: Mapping[str, Any] = field(default_factory=dict)
     headline: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     """The shape it is to make, if its kind makes one: the stage's own table or the recipe's."""
+    makes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ def _stages(
         if inputs:
             made_of["inputs"] = {below: hashes[below] for below in inputs}
         hashes[name] = config_hash(made_of)
-        yield Stage(name, table["kind"], parent, config, settings, hashes[name], tuple(inputs), shape)
+        yield Stage(name, table["kind"], parent, config, settings, hashes[name], tuple(inputs), shape, kind.makes)
         above = name
 
 

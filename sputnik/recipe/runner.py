@@ -36,7 +36,7 @@ from sputnik.recipe.lineage import (
     code_version,
 )
 from sputnik.recipe.recipe import Kind, Recipe, Stage
-from sputnik.train.state import strict_json
+from sputnik.train.state import strict_json, sweep_drafts
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,12 @@ def run_recipe(
     with run_lock(run):
         try:
             lineage = Lineage(run)
+            _require_lineage(lineage, recipe)
             doomed = _doomed(lineage, fresh) if fresh is not None else []
             decisions = lineage.decide(recipe, without=doomed)
             if only is not None:
                 _require_ancestors(recipe, decisions, only)
+            lineage.book_killed(lambda seconds: _price(seconds, recipe))
             if doomed:
                 lineage.forget(doomed)
             todo = [stage for stage in recipe.stages if only in (None, stage.name)]
@@ -101,6 +103,18 @@ def run_recipe(
     return run
 
 
+def _require_lineage(lineage: Lineage, recipe: Recipe) -> None:
+    """Without it nobody knows what the stages were made from: they would be made again from nothing. A damaged ledger
+    is told now, not when the first stage is done and to be booked."""
+    list(read_jsonl(lineage.run / "ledger.jsonl"))
+    there = [stage.name for stage in recipe.stages if (lineage.run / stage.name).is_dir()]
+    if there and not lineage.path.exists():
+        raise DataError(
+            f"{lineage.run} holds stage {there[0]!r}, but no {lineage.path.name} to know it by: put that back, delete "
+            "the run, or start a new one with --name NAME"
+        )
+
+
 def _doomed(lineage: Lineage, name: str) -> list[str]:
     """The stage to make again, and all that stands on it."""
     if name not in lineage.records:
@@ -121,8 +135,6 @@ def _run_stage(stage: Stage, recipe: Recipe, kind: Kind, lineage: Lineage, conso
     before = lineage.records.get(stage.name)
     if before is None:
         shutil.rmtree(directory, ignore_errors=True)  # of a stage that was being deleted when its process died
-    elif before.status == "running":  # killed without a word
-        lineage.book(before, _price(lineage.seconds_of_killed_attempt(before), recipe), "killed")
     began, clock = time.time(), time.monotonic()
     running = Record(
         stage.name, stage.kind, stage.parent, stage.hash, dict(stage.settings), code_version(), "running", began,
@@ -193,6 +205,8 @@ def run_lock(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        for folder in (run, *filter(Path.is_dir, run.rglob("*"))):
+            sweep_drafts(folder)
         yield
 
 

@@ -98,7 +98,13 @@ def run_traces(config: traces.TracesConfig, context: StageContext) -> dict[str, 
 
 
 KINDS = {
-    "corpus": Kind(CorpusConfig, build_corpus, stands_alone=True, headline=("tokens", "vocab_size", "held_out_tokens")),
+    "corpus": Kind(
+        CorpusConfig,
+        build_corpus,
+        stands_alone=True,
+        headline=("tokens", "vocab_size", "held_out_tokens"),
+        makes=("tokenizer", "train", "held_out"),
+    ),
     "pretrain": Kind(
         pretrain.PretrainConfig,
         run_pretraining,
@@ -106,12 +112,14 @@ KINDS = {
         needs_model=True,
         outcome_free=frozenset(pretrain.OUTCOME_FREE),
         headline=("tokens", "loss", "bits_per_byte", "tokens_per_s"),
+        makes=("checkpoint",),
     ),
     "pretrained": Kind(
         adopt.PretrainedConfig,
         run_pretrained,
         stands_alone=True,
         headline=("parameters", "rows", "loss_before", "loss"),
+        makes=("checkpoint",),
     ),
     "rl": Kind(
         rl.RLConfig,
@@ -119,14 +127,22 @@ KINDS = {
         resumable=True,
         outcome_free=frozenset(rl.OUTCOME_FREE),
         headline=("reward", "accuracy_reward", "length", "tokens_per_s"),
+        makes=("checkpoint",),
     ),
-    "general": Kind(GeneralConfig, build_general, stands_alone=True, headline=("data", "pairs", "labels", "prompts")),
+    "general": Kind(
+        GeneralConfig,
+        build_general,
+        stands_alone=True,
+        headline=("data", "pairs", "labels", "prompts"),
+        makes=("data.jsonl", "pairs.jsonl", "labels.jsonl", "prompts.jsonl", "held_out"),
+    ),
     "reward-model": Kind(
         reward_model.RewardModelConfig,
         run_reward_model,
         resumable=True,
         outcome_free=frozenset(reward_model.OUTCOME_FREE),
         headline=("accuracy", "length_baseline", "majority"),
+        makes=("checkpoint", "scores.json"),
     ),
     "sft": Kind(
         sft.SFTConfig,
@@ -134,6 +150,7 @@ KINDS = {
         resumable=True,
         outcome_free=frozenset(sft.OUTCOME_FREE),
         headline=("examples", "loss", "val_loss", "bits_per_byte"),
+        makes=("checkpoint",),
     ),
     "traces": Kind(
         traces.TracesConfig,
@@ -142,6 +159,7 @@ KINDS = {
         added={"reworded": 0.0},
         gone={"near": 0.9},
         headline=("kept", "samples", "length", "checks"),
+        makes=("data.jsonl",),
     ),
     "eval": Kind(
         EvalConfig,
@@ -149,9 +167,12 @@ KINDS = {
         resumable=True,
         outcome_free=frozenset({"workers"}),
         headline=("pass@1", "cons@k", "truncated"),
+        makes=("eval.json",),
     ),
-    "speed": Kind(SpeedConfig, run_speed, headline=("acceptance", "speed_up")),
-    "readability": Kind(ReadabilityConfig, run_readability, headline=("readable", "language")),
+    "speed": Kind(SpeedConfig, run_speed, headline=("acceptance", "speed_up"), makes=("speed.json",)),
+    "readability": Kind(
+        ReadabilityConfig, run_readability, headline=("readable", "language"), makes=("readability.json",)
+    ),
 }
 
 

@@ -85,6 +85,8 @@ def render(
     contents: list[str] = []
 
     def slot(text: str) -> str:
+        if not text:  # templates ask whether there is any
+            return ""
         contents.append(text)
         return f"\ue000{len(contents) - 1}\ue001"
 

@@ -171,6 +171,7 @@ class Loop:
             self._save(stage)  # with the position behind that line: a resumed run neither repeats nor doubles it
         else:
             self._require_same(saved)
+            self.store.prune(saved.step)  # a process killed while it did so may have been the last to save
             self.meter.load(saved.meta["meter"])
             self._restore(saved, stage)
             if 0 < self.done < self.steps:

@@ -261,7 +261,7 @@ def train_reward_model(
     for line in data.bad[:SHOWN]:
         console.print(f"    left out: {line}", style="yellow", markup=False)
     loop.run(stage)
-    if not (out / "scores.json").exists():
+    if not ((out / "checkpoint").exists() and (out / "scores.json").exists()):
         card = stage.card(meter)
         scores = stage.report(meter) | {"mean": card.mean, "std": card.std}
         model.save(out / "checkpoint", card)

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -88,7 +89,7 @@ class StateStore:
             if not is_disk_full(error):
                 raise
             raise DataError(f"disk full while saving step {step} in {self.directory}: {self._intact()}") from error
-        self._prune(step)
+        self.prune(step)
         return path
 
     def latest(self, at_most: int = LAST_STEP) -> Saved | None:
@@ -144,7 +145,8 @@ class StateStore:
     def _paths(self) -> list[Path]:
         return sorted(self.directory.glob("step-*"))
 
-    def _prune(self, step: int) -> None:
+    def prune(self, step: int) -> None:
+        """Delete what nobody will go back to from `step`, and what a killed process left."""
         paths = self._paths()
         kept = paths[-self.keep :]
         if self.behind is not None:
@@ -237,7 +239,10 @@ class JsonLines:
         if position is None:
             position = path.read_bytes().rfind(b"\n") + 1 if size else 0
         if position > size:
-            raise DataError(f"{path} is shorter than the saved state knows; it was changed by hand, delete the stage")
+            raise DataError(
+                f"{path} is shorter than the saved state knows: put back what was cut off, or delete {path.parent} to "
+                "begin again"
+            )
         self.path = path
         self._file: BinaryIO = path.open("ab")
         self._file.truncate(position)
@@ -264,7 +269,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     whole, _, _ = path.read_bytes().rpartition(b"\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    found = []
+    for number, line in enumerate(whole.split(b"\n") if whole else (), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: damaged ({error}): mend or delete this line") from None
+    return found
 
 
 @contextlib.contextmanager
@@ -277,7 +288,26 @@ def stage_lock(directory: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise DataError(f"{directory}: another process is running this stage; wait for it or stop it") from None
+        sweep_drafts(directory)
         yield
+
+
+def sweep_drafts(directory: Path) -> None:
+    """Delete what `write_whole` left in `directory` because its process was killed."""
+    for draft in directory.glob(".*.*.*"):
+        of_ours = re.fullmatch(r".+\.(?:html|jsonl?|md|toml)\.([0-9]{1,7})", draft.name)
+        if of_ours and not _is_alive(int(of_ours[1])):
+            draft.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 class StopSignal:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,7 @@ def test_answers_to_something_else_are_never_mixed_in(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, out = write(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "b"}]), tmp_path / "out.jsonl"
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "model")
 
     def refused(*flags: str) -> str:
         before = out.read_bytes()
@@ -140,11 +142,17 @@ def test_answers_to_something_else_are_never_mixed_in(
         return capsys.readouterr().err
 
     assert main(arguments(checkpoint, prompts, out, "--max-tokens", "4")) == 0
-    assert "line 1 is one to another prompt or with other settings" in refused("--max-tokens", "5")
+    assert "line 1 is one to another prompt, of another model or with other settings" in refused("--max-tokens", "5")
     write(prompts, [{"prompt": "a"}])
     assert "answers lines that" in refused("--max-tokens", "4")
     write(prompts, [{"prompt": "a"}, {"prompt": "c"}, {"prompt": "d"}])
     assert "line 2 is one to another prompt" in refused("--max-tokens", "4")
+    write(prompts, [{"prompt": "a"}, {"prompt": "b"}])
+    trained = checkpoint / "model.safetensors"
+    before = trained.read_bytes()
+    trained.write_bytes(before[:-1] + b"\1")  # trained on, in the same place
+    assert "line 1 is one to another prompt, of another model" in refused("--max-tokens", "4")
+    trained.write_bytes(before)
     write(prompts, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "d"}])
     with out.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,6 +1,7 @@
 """Models on the engine: the score is that of the answers the engine gives, whatever else runs or was there before."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,11 @@ def test_another_model_or_setting_does_not_go_on_in_the_same_file(
             examine(other, task, judges, problems[:2], k=1, samples_to=path)
     print_of = fingerprint(checkpoint)
     assert print_of == fingerprint(checkpoint) != fingerprint(checkpoint / "config.json")
+    copy = shutil.copytree(checkpoint, tmp_path / "copy", copy_function=shutil.copyfile)  # younger than the first
+    assert print_of == fingerprint(copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert print_of != fingerprint(copy)
 
 
 def test_an_answer_gets_what_the_context_leaves_and_a_prompt_without_room_is_truncated(

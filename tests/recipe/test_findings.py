@@ -373,6 +373,9 @@ def test_killed_in_the_middle_the_same_command_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "working\n"
+    for doomed in ("one", "one.second"):
+        with pytest.raises(DataError, match=rf"seed-1 is in use by process {process.pid}"):
+            run(tmp_path, fresh=doomed)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     run_folder = tmp_path / "runs/card"

@@ -117,7 +117,8 @@ def test_other_programs_render_the_same_prompt(tok: Tokenizer, tmp_path: Any) ->
         {"role": "user", "content": "And tomorrow?"},
     ]
     for thinking in (True, False):
-        for shown in (messages, messages[:-1], messages[:-2], messages[:2]):
+        wordless = [{"role": "system", "content": ""}, *messages[:1]]
+        for shown in (messages, messages[:-1], messages[:-2], messages[:2], wordless):
             switches: dict[str, Any] = {"add_generation_prompt": True, "thinking": thinking}
             text = theirs.apply_chat_template(shown, tools=[WEATHER], tokenize=False, **switches)
             ours = render(tok, shown, tools=[WEATHER], thinking=thinking).ids

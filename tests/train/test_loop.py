@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_a_finished_run_does_no_step_again(tmp_path: Path) -> None:
     again = Walk()
     make_loop(tmp_path).run(again)
     assert again.seen == [] and float(again.weight) == curve(tmp_path)[-1]["weight"]
+
+
+def test_what_a_process_killed_while_pruning_left_is_swept_after_the_last_save(tmp_path: Path) -> None:
+    make_loop(tmp_path, save_steps=1).run(Walk())
+    saves = sorted((tmp_path / "resume").iterdir())
+    shutil.copytree(saves[0], tmp_path / "resume/step-00000001")
+    shutil.copytree(saves[0], tmp_path / "resume/.step-00000002.removed")
+    make_loop(tmp_path, save_steps=1).run(Walk())
+    assert sorted((tmp_path / "resume").iterdir()) == saves
 
 
 @pytest.mark.parametrize(("share", "expected"), [(math.inf, [0, 1, 2, 3, 4, 5]), (1e-9, [0, 5])])

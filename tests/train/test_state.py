@@ -229,6 +229,13 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert read_jsonl(path) == [{"a": 1}, {"a": 3}]
 
 
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_bytes(b'{"a": 1}\n\0\0\0\n{"a": 3}\n')
+    with pytest.raises(DataError, match=r"ledger.jsonl:2: damaged .*: mend or delete this line"):
+        read_jsonl(path)
+
+
 def test_written_json_is_strict(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": [float("inf"), 1.5], "b": {"c": float("nan")}})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
