@@ -245,6 +245,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="nothing but the JSON line, no progress on stderr")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds: at least 1, after one that warms up")
     torch.set_num_threads(args.threads)
     quiet = args.json
     dtype = resolve_precision(args.dtype)

@@ -26,6 +26,7 @@ from benchmarks.serving.load import Ask, BareEngine, quantile, send, together
 from benchmarks.serving.peer_servers import beside
 from benchmarks.serving.running import Running, cpu
 from benchmarks.serving.scenarios import Target
+from sputnik.serve.admission import RESERVE
 
 Row = dict[str, Any]
 PROMPT = [5, 6, 7]
@@ -104,8 +105,8 @@ def refusals(model: Path, args: argparse.Namespace) -> Iterator[Row]:
     """A flood that is turned away, while 8 streams write; for each reason of refusing."""
     with Running(model, "--steps", "20", "--slots", "8", "--queue", "256") as server:
         target = server.target
-        full = target.ask().head_and_body().replace(b"Connection: close\r\n", b"")
-        reasons = {"unknown key": full.replace(b"sk-a", b"sk-x"), "queue full": full}
+        full = target.ask(key=target.other_key).head_and_body().replace(b"Connection: close\r\n", b"")
+        reasons = {"unknown key": full.replace(b"sk-b", b"sk-x"), "queue full": full}
         for reason, request in reasons.items():
             idle, busy, rates = list[float](), list[float](), list[scenarios.Figures]()
             for _ in range(args.rounds):
@@ -131,12 +132,14 @@ async def _gaps(target: Target, tokens: int) -> list[float]:
 
 
 async def _flooded(target: Target, request: bytes, tokens: int) -> tuple[list[float], scenarios.Figures]:
-    """Gaps of 8 streams, with 256 more requests behind them, under a flood that gets nowhere."""
+    """Gaps of 8 streams, with a full queue of 256 behind them, under a flood that gets nowhere."""
     streams = asyncio.create_task(_gaps(target, tokens))
     await asyncio.sleep(0.2)
-    line = [asyncio.create_task(send(target.ask(seed, key=target.other_key))) for seed in range(256)]
-    while (await scenarios.metrics(target))["num_requests_waiting"] < 256:
-        await asyncio.sleep(0.02)
+    places = 256 - 256 // RESERVE  # the last ones are for keys with fewer there
+    line = [asyncio.create_task(send(target.ask(seed, key=target.other_key))) for seed in range(places)]
+    async with asyncio.timeout(60):
+        while (await scenarios.metrics(target))["num_requests_waiting"] < places:
+            await asyncio.sleep(0.02)
     flood = await scenarios.refused_per_second(target.port, request, 16, 3.0)
     for each in line:
         each.cancel()
@@ -224,6 +227,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each peer")
     parser.add_argument("--json", action="store_true", help="nothing but the JSON lines, no progress on stderr")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds: at least 1")
     from benchmarks.serving.paced_engine import make_model
 
     with tempfile.TemporaryDirectory(prefix="service-") as directory:

@@ -185,10 +185,12 @@ def test_fifty_deaths_at_random_moments_change_no_letter(server: Any) -> None:
     whole = all_at_once(server, range(4))
     dice = random.Random(0)
     for _ in range(50):
-        killer = threading.Timer(dice.random() * 2, server.child("worker").kill)
+        victim = server.child("worker")
+        killer = threading.Timer(dice.random() * 2, victim.kill)
         killer.start()
         found = all_at_once(server, range(4))
         killer.join()
+        victim.wait(10)  # it has its name for a moment longer
         for mine, wanted in zip(found, whole, strict=True):
             if isinstance(mine, openai.APIError):
                 assert mine.code == "engine_lost"
