@@ -31,6 +31,8 @@ class RunConfig:
     """Run into runs/NAME instead of the recipe's own name."""
     only: str | None = None
     """Run this stage alone; its parents must be finished. Of a card: these claims or recipes, with commas between."""
+    seeds: str | None = None
+    """Of a card: these seeds alone, with commas between; another process may be at others."""
     fresh: str | None = None
     """First delete this stage and every stage built on it. Of a card: a recipe, or RECIPE.STAGE in every seed."""
     runs: Path = Path("runs")
@@ -41,10 +43,19 @@ def main(config: RunConfig) -> None:
     if is_card(config.recipe):
         card, console = read_card(config.recipe, config.set, config.name), Console()
         only = config.only.split(",") if config.only else []
-        run = run_card(card, config.runs, kind_of, console, write_card, only, config.fresh)
+        run = run_card(card, config.runs, kind_of, console, write_card, only, config.fresh, _seeds(config.seeds))
         console.print(f"card: {run / 'findings.md'}", soft_wrap=True)
         return
+    if config.seeds is not None:
+        raise ConfigError("--seeds is for a card of findings; a recipe has one seed: --set seed=N")
     run_and_report(config.recipe, config.set, name=config.name, only=config.only, fresh=config.fresh, runs=config.runs)
+
+
+def _seeds(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: whole numbers with commas between, as 3,4") from None
 
 
 def run_and_report(

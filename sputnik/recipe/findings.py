@@ -161,40 +161,47 @@ def run_card(
     runs: Path,
     kind_of: KindOf,
     console: Console,
-    write: Callable[[Card, Path, bool], object],
+    write: Callable[[Card, Path, KindOf, bool], object],
     only: Collection[str] = (),
     fresh: str | None = None,
+    seeds: Collection[int] = (),
 ) -> Path:
     """Run what is not finished and `write` the card after each seed, with its plots at the end; returns the run
-    directory. `fresh` first deletes a recipe, or RECIPE.STAGE with all that stands on it, in every seed. A recipe that
-    failed is a SputnikError at the end."""
+    directory. `only` these claims or recipes, `seeds` these alone: another process may be at others. `fresh` first
+    deletes a recipe, or RECIPE.STAGE with all that stands on it, in every seed. A recipe that failed is a SputnikError
+    at the end."""
     run = runs / card.name
     failed: list[str] = []
     if fresh is not None:
         _forget(card, run, fresh)
-    units = [_unit(run, source, seed, kind_of) for source, seed in _pairs(card, only)]
+    units = [_unit(run, source, seed, kind_of) for source, seed in _pairs(card, only, seeds)]
     console.print(_plan(units))
     for unit in units:
         _keep_rules(run / unit.source.name, unit.source)
     try:
         for unit in units:
-            write(card, run, False)
+            write(card, run, kind_of, False)
             try:
                 _run_unit(unit, units, run, kind_of, console)
             except SputnikError as error:
                 failed.append(f"{unit.source.name} seed {unit.seed}")
                 console.print(f"{failed[-1]} failed: {error}", style="red", soft_wrap=True)
     finally:
-        write(card, run, True)
+        write(card, run, kind_of, True)
     if failed:
         raise DataError(f"{len(failed)} of {len(units)} runs failed ({', '.join(failed)}); the card says so")
     return run
 
 
-def _pairs(card: Card, only: Collection[str]) -> Iterator[tuple[Source, int]]:
-    for source in chosen(card, only):
+def _pairs(card: Card, only: Collection[str], seeds: Collection[int]) -> Iterator[tuple[Source, int]]:
+    sources = chosen(card, only)
+    for seed in seeds:
+        if not 0 <= seed < max(source.seeds for source in sources):
+            raise ConfigError(f"--seeds: {seed}: no claim asks for it; seeds count from 0")
+    for source in sources:
         for seed in range(min(source.seeds, card.most_seeds)):
-            yield source, seed
+            if not seeds or seed in seeds:
+                yield source, seed
 
 
 def _unit(run: Path, source: Source, seed: int, kind_of: KindOf) -> Unit:

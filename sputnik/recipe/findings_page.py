@@ -1,24 +1,21 @@
 """The findings card on paper: findings.json for programs, findings.md and its plots for people.
 
-`write_card(card, run)` reads the runs of every seed and writes the three into `runs/NAME`, and into the card's `out`
-if it has one. The page is a function of the JSON alone (`page`), the plots are drawn from the logs. What
-has not been run, failed or has a rule that was changed afterwards stands in the card as such.
+`write_card(card, run, kind_of)` reads the runs of every seed (findings_facts.py) and writes the three into `runs/NAME`,
+and into the card's `out` if it has one. The page is a function of the JSON alone (`page`), the plots are drawn from the
+logs; the plot of a claim none of whose runs is at hand stays as it is.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from sputnik.errors import DataError
 from sputnik.files import write_whole
 from sputnik.recipe import plots
-from sputnik.recipe.evidence import read_json
-from sputnik.recipe.findings import Card, Source
-from sputnik.recipe.findings_claim import Claim, Metric, decide, t_interval
-from sputnik.recipe.lineage import Lineage
+from sputnik.recipe.findings import Card, KindOf
+from sputnik.recipe.findings_claim import Claim, Metric
+from sputnik.recipe.findings_facts import gather
 from sputnik.recipe.wording import NONE, duration, money, percent
 
 PLOTS = "findings-plots"
@@ -36,7 +33,8 @@ them, and else nobody could tell; it is incomplete while seeds are missing. What
 scale, and of many rows at 95 % one or another is luck.
 
 `sputnik run recipes/findings.toml` does it all again, killed and continued as you like; `--only NAME` redoes a claim or
-a recipe, `--set seeds=1` is a quick look. The same in numbers: `findings.json`.
+a recipe, `--seeds 3,4` these seeds; the others stay as they stand here while their recipe is the same. `--set seeds=1`
+is a quick look. The same in numbers: `findings.json`.
 
 {spent}
 
@@ -60,148 +58,46 @@ minutes = 4                                     # what a seed takes
 """
 
 
-def write_card(card: Card, run: Path, drawn: bool = True) -> Path:
+def write_card(card: Card, run: Path, kind_of: KindOf, drawn: bool = True) -> Path:
     """Write card and plots into `run` and `card.out`; returns the page in `run`. `drawn` False: leave the plots as they
     are, which is for in between."""
-    facts = gather(card, run)
+    facts = gather(card, run, kind_of)
+    folders = [run] if card.out is None else [run, card.out]
     drawings = _drawings(card, run, facts) if drawn else {}
+    for row in facts["claims"] if card.out else ():
+        old = folders[-1] / PLOTS / f"{row['claim']}.svg"
+        if row["values"] and f"{row['claim']}.svg" not in drawings and old.is_file():
+            drawings[old.name] = old.read_text(encoding="utf-8")
     facts["plots"] = sorted(drawings) if drawn else sorted(path.name for path in (run / PLOTS).glob("*.svg"))
-    for folder in [run] if card.out is None else [run, card.out]:
+    for folder in folders:
         (folder / PLOTS).mkdir(parents=True, exist_ok=True)
         for name, svg in drawings.items():
-            write_whole(folder / PLOTS / name, plots.standalone(svg))
+            write_whole(folder / PLOTS / name, svg)
         write_whole(folder / "findings.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         write_whole(folder / "findings.md", page(facts))
     return run / "findings.md"
-
-
-# --- what is known ---------------------------------------------------------------------------------------------------
-
-
-def gather(card: Card, run: Path) -> dict[str, Any]:
-    """Everything the card says, as plain JSON values."""
-    rows = [_row(card, run, source, claim) for source in card.sources for claim in source.claims]
-    costs = [_cost(card, run, source) for source in card.sources]
-    counts = {answer: sum(row["reproduced"] == answer for row in rows) for answer in SIGNS}
-    machines, codes = list[dict[str, Any]](), list[str]()
-    for path in sorted(run.glob("*/seed-*/lineage.json")):
-        lineage = read_json(path) or {}
-        machines += [m for m in [lineage.get("environment")] if m and m not in machines]
-        codes += [r["code"] for r in lineage.get("stages") or [] if r.get("code") and r["code"] not in codes]
-    return {
-        "claims": rows,
-        "summary": counts,
-        "hardware": machines,
-        "code": sorted(set(codes)),
-        "seconds": sum(cost["seconds"] for cost in costs),
-        "usd": sum(cost["usd"] for cost in costs),
-        "runs": costs,
-    }
-
-
-def _row(card: Card, run: Path, source: Source, claim: Claim) -> dict[str, Any]:
-    values, missing = list[dict[str, Any]](), list[str]()
-    show: dict[str, list[float]] = {label: [] for label in claim.show}
-    for seed in range(claim.seeds):
-        folder = run / source.name / f"seed-{seed}"
-        reason = _unfinished(folder, claim)
-        if reason is None:
-            try:
-                ours, against, effect = claim.measure(folder)
-                further = {label: Metric.parse(text, claim.name).value(folder) for label, text in claim.show.items()}
-            except DataError as error:
-                reason = str(error).removeprefix(f"{folder}: ")
-            else:
-                values.append({"seed": seed, "ours": ours, "against": against, "effect": effect})
-                for label, number in further.items():
-                    show[label].append(number)
-        if reason is not None:
-            missing.append(f"seed {seed}: {reason}")
-    effects = [value["effect"] for value in values]
-    kept = (read_json(run / source.name / "rules.json") or {}).get(claim.name, claim.rule)
-    return {
-        "claim": claim.name,
-        "text": claim.text,
-        "source": claim.source,
-        "published": claim.published,
-        "ours": fmean(effects) if effects else None,
-        "interval": list(t_interval(effects) or []) or None,
-        "seeds": len(effects),
-        "reproduced": decide(claim, effects),
-        "recipe": _relative(card, source.path),
-        "rule": claim.rule,
-        "rule_changed": [key for key in claim.rule if kept.get(key) != claim.rule[key]],
-        "unit": claim.unit,
-        "labels": list(claim.labels),
-        "values": values,
-        "show": {label: fmean(numbers) for label, numbers in show.items() if numbers},
-        "missing": missing,
-        "warnings": _warnings(run / source.name, claim),
-        "note": claim.note,
-    }
-
-
-def _unfinished(folder: Path, claim: Claim) -> str | None:
-    """The first stage that a claim reads and that is not done."""
-    if not (folder / "lineage.json").is_file():
-        return "not run"
-    records = Lineage(folder).records
-    for metric in claim.metrics:
-        record = records.get(metric.stage)
-        if record is None or record.status != "done":
-            return f"{metric.stage} {record.status if record else 'not run'}"
-    return None
-
-
-def _warnings(folder: Path, claim: Claim) -> list[str]:
-    """What evaluations warned of and guards found, per stage that the claim reads; the first of each."""
-    found = []
-    for stage in dict.fromkeys(metric.stage for metric in claim.metrics):
-        for seed in range(claim.seeds):
-            place = folder / f"seed-{seed}" / stage
-            texts = list((read_json(place / "eval.json") or {}).get("warnings") or ())
-            texts += [str((read_json(path) or {}).get("message")) for path in sorted(place.glob("alarms/step-*.json"))]
-            if texts:
-                more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
-                found.append(f"{stage}, seed {seed}: {texts[0]}{more}")
-    return found
-
-
-def _cost(card: Card, run: Path, source: Source) -> dict[str, Any]:
-    folders = sorted((run / source.name).glob("seed-*/lineage.json"))
-    records = [record for path in folders for record in Lineage(path.parent).records.values()]
-    return {
-        "recipe": _relative(card, source.path),
-        "seeds": len(folders),
-        "seconds": sum(record.seconds for record in records),
-        "usd": sum(record.usd for record in records),
-    }
-
-
-def _relative(card: Card, path: Path) -> str:
-    """recipes/findings/mtp.toml, wherever the checkout is."""
-    return path.resolve().relative_to(card.path.resolve().parent.parent).as_posix()
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------
 
 
 def _drawings(card: Card, run: Path, facts: Mapping[str, Any]) -> dict[str, str]:
-    """File name -> plot: one for every claim that has numbers, and one of all that have an interval."""
+    """File name -> plot: one for every claim with numbers of runs that are at hand, and one of all intervals."""
     rows = {row["claim"]: row for row in facts["claims"]}
     found = {}
     for source in card.sources:
         for claim in source.claims:
-            if rows[claim.name]["values"]:
+            if len(rows[claim.name]["values"]) > len(rows[claim.name]["kept"]):
                 found[f"{claim.name}.svg"] = draw(claim, rows[claim.name], run / source.name)
     if any(row["interval"] for row in rows.values()):
         found["overview.svg"] = overview(facts["claims"])
-    return found
+    return {name: plots.standalone(svg) for name, svg in found.items()}
 
 
 def draw(claim: Claim, row: Mapping[str, Any], folder: Path) -> str:
-    """Curves over steps where the claim names some, else one line per seed from what it is compared with to ours."""
-    seeds = [folder / f"seed-{value['seed']}" for value in row["values"]]
+    """Curves over steps where the claim names some, of the seeds whose logs are at hand; else one line per seed from
+    what it is compared with to ours."""
+    seeds = [folder / f"seed-{value['seed']}" for value in row["values"] if value["seed"] not in row["kept"]]
     if claim.curves:
         groups = {}
         labels = claim.labels[-len(claim.curves) :]
@@ -266,15 +162,18 @@ def _spent(facts: Mapping[str, Any]) -> str:
         f"{m.get('cpu')}, {m.get('threads')} threads, torch {m.get('torch')}, {m.get('precision')}"
         for m in facts["hardware"]
     )
-    each = ", ".join(
-        f"{Path(cost['recipe']).stem} {duration(cost['seconds'])} ({money(cost['usd'])}, seeds: {cost['seeds']})"
-        for cost in facts["runs"]
-        if cost["seeds"]
-    )
+    recipes = dict.fromkeys(cost["recipe"] for cost in facts["runs"])
+    each = ", ".join(_cost(recipe, [cost for cost in facts["runs"] if cost["recipe"] == recipe]) for recipe in recipes)
     return (
         f"It took {duration(facts['seconds'])} and {money(facts['usd'])} on: {machines}. By recipe: {each}. "
         f"Code: {', '.join(facts['code'])}."
     )
+
+
+def _cost(recipe: str, costs: Sequence[Mapping[str, Any]]) -> str:
+    seeds = len({seed for cost in costs for seed in cost["seeds"]})
+    seconds, usd = (sum(cost[key] for cost in costs) for key in ("seconds", "usd"))
+    return f"{Path(recipe).stem} {duration(seconds)} ({money(usd)}, seeds: {seeds})"
 
 
 def _section(row: Mapping[str, Any], plot: bool) -> str:
@@ -296,6 +195,9 @@ def _section(row: Mapping[str, Any], plot: bool) -> str:
         )
     if plot:
         lines.append(f"![{row['claim']}]({PLOTS}/{row['claim']}.svg)\n")
+        shown = [value["seed"] for value in row["values"] if value["seed"] not in row["kept"]]
+        if row["kept"] and shown and row["curves"]:
+            lines.append(f"The curves are of seeds {', '.join(map(str, shown))}.\n")
     if row["note"]:
         lines.append(f"{row['note']}\n")
     return "\n".join(lines) + "\n"
