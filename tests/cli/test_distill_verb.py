@@ -49,7 +49,7 @@ def folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, preset in (("base", "tiny"), ("untaught", "dense")):
         shape = ModelConfig.preset(preset, **same, num_hidden_layers=2, intermediate_size=128)
         save_model(Transformer(shape).init_weights(torch.Generator().manual_seed(1)), folder / name, tokenizer=tok)
-    taught = ["--data", str(folder / "known.jsonl"), "--out", str(folder / "teacher"), "--epochs", "10", *FAST]
+    taught = ["--data", str(folder / "known.jsonl"), "--out", str(folder / "teacher"), "--epochs", "20", *FAST]
     assert main(["sft", str(folder / "base"), *taught]) == 0
     return folder
 

@@ -29,7 +29,7 @@ def test_position_sees_the_tokens_it_may_and_no_later_one(build: Build) -> None:
     changed[0, 7] = (ids[0, 7] + 1) % 101
     before, after = (model.mtp_hidden(model.trunk(i).residual, i).hidden for i in (ids, changed))
     for k, (b, a) in enumerate(zip(before, after, strict=True), start=1):
-        moved = ((b - a).abs().amax(dim=-1)[0] > 1e-6).tolist()
+        moved = ((b - a).abs().amax(dim=-1)[0] > 1e-4).tolist()
         assert moved == [i + k >= 7 for i in range(12 - k)]
 
 
