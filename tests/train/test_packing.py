@@ -60,7 +60,8 @@ def test_packed_equals_padded(name: str) -> None:
 def test_a_prompt_stands_once_and_the_last_token_not_at_all() -> None:
     ids, lengths, prompts = sequences()
     layout = packed(ids, lengths, prompts)
-    assert layout.segments is not None and layout.ids.shape == (1, 5 + 39 + 0 + 7 + 17 + 24)
-    assert layout.segments.tolist() == [[0, 5, 0, 0], [5, 39, 0, 5], [44, 7, 0, 0], [51, 17, 44, 7], [68, 24, 0, 5]]
+    assert layout.segments is not None and layout.ids.shape == (1, 5 + 39 + 0 + 7 + 17 + 24 + 4)
+    segments = [[0, 5, 0, 0], [5, 39, 0, 5], [44, 7, 0, 0], [51, 17, 44, 7], [68, 24, 0, 5], [92, 4, 0, 0]]
+    assert layout.segments.tolist() == segments
     used = torch.arange(45) < lengths[:, None] - 1
     assert torch.equal(layout.ids[0][layout.place][used], ids[used])
