@@ -9,11 +9,18 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from sputnik.config import from_dict
 from sputnik.errors import CheckpointError, ConfigError
-from sputnik.model.hf_config import V3_UNSAID, read_deepseek, read_rope, refuse_other_gates, refuse_unsupported
+from sputnik.model.hf_config import (
+    V3_UNSAID,
+    check_values,
+    read_deepseek,
+    read_rope,
+    refuse_other_gates,
+    refuse_unsupported,
+)  # fmt: skip
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -25,6 +32,14 @@ POSITIVE = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
     "max_position_embeddings",
 )  # fmt: skip
+# Beyond these nobody has built one, sizes in bytes may pass 64 bits, and a loop over layers would not end.
+MOST = {
+    10_000: ("num_hidden_layers", "num_nextn_predict_layers"),
+    1 << 16: ("n_routed_experts", "n_shared_experts", "num_attention_heads", "num_key_value_heads", "head_dim",
+              "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    1 << 22: ("hidden_size", "intermediate_size", "moe_intermediate_size"),
+    1 << 31: ("vocab_size", "max_position_embeddings"),
+}  # fmt: skip
 TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
 # rope_type -> (required, optional) keys
 ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -136,10 +151,11 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
         """Read a published config.json, old (`rope_theta`, `rope_scaling`) or transformers 5 (`rope_parameters`)."""
         model_type = config.get("model_type")
-        if model_type not in ARCHITECTURES:
+        if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
             raise CheckpointError(f"config.json: model_type {model_type!r} is not one of {', '.join(ARCHITECTURES)}")
         if model_type == "deepseek_v3":
             config = {**V3_UNSAID, **config}
+        check_values(config, get_type_hints(cls))
         refuse_unsupported(config)
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
         values["rope_theta"], values["rope_scaling"] = read_rope(config)
@@ -190,6 +206,9 @@ def _problems(c: ModelConfig) -> Iterator[str]:
     for name in POSITIVE:
         if getattr(c, name) <= 0:
             yield f"{name} = {getattr(c, name)}: must be positive"
+    for name, most in ((name, most) for most, names in MOST.items() for name in names):
+        if (getattr(c, name) or 0) > most:
+            yield f"{name} = {getattr(c, name)}: more than {most:,} is surely a mistake"
     if not 1 < c.rope_theta < math.inf:
         yield f"rope_theta = {c.rope_theta}: must be above 1"
     for name in ("rms_norm_eps", "routed_scaling_factor", "initializer_range"):
@@ -270,15 +289,16 @@ def _rope_problems(scaling: Mapping[str, Any]) -> Iterator[str]:
         yield f"rope_scaling: rope_type {kind!r} is not computed here; use {', '.join(ROPE_KEYS)} or no rope_scaling"
         return
     required, optional = ROPE_KEYS[kind]
-    for key in required:
+    given = [key for key in optional if key != "truncate" and scaling.get(key) is not None]
+    for key in (*required, *given):
         value = scaling.get(key)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        least = 0 if key.startswith("mscale") else 1e-9  # an mscale of 0 is none
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= 1 << 31:
             yield f"rope_scaling of type {kind} needs a positive {key}, not {value!r}"
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         yield "rope_scaling of type llama3 needs low_freq_factor < high_freq_factor"
-    for key in optional:
-        if not isinstance(scaling.get(key), int | float | None):
-            yield f"rope_scaling: {key} = {scaling[key]!r}: must be a number"
+    if not isinstance(scaling.get("truncate"), bool | None):
+        yield f"rope_scaling: truncate = {scaling['truncate']!r}: must be true or false"
     for key in scaling:
         if key not in (*required, *optional, "rope_type"):
             yield f"rope_scaling of type {kind} has no key {key!r}; known: {', '.join((*required, *optional))}"

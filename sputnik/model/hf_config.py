@@ -7,12 +7,30 @@ otherwise, or not at all, is refused by name.
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from sputnik.errors import CheckpointError
 
 # What transformers means by a field that a deepseek_v3 file lacks, where we mean something else.
 V3_UNSAID = {
     "n_group": 8, "topk_group": 4, "num_experts_per_tok": 8, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
 }  # fmt: skip
+
+
+def check_values(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """CheckpointError where a field that we read is missing or of another type."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not config.get(name):
+            raise CheckpointError(f"config.json: {name} = {config.get(name)}: a model needs one")
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name), dict | None):
+            raise CheckpointError(f"config.json: {name} = {config[name]!r}: must be an object or null")
+    for name, kind in types.items():
+        if config.get(name) is not None and not name.startswith("rope_"):
+            try:
+                msgspec.convert(config[name], kind, str_keys=True)
+            except msgspec.ValidationError as error:
+                raise CheckpointError(f"config.json: {name} = {config[name]!r}: {error}") from None
 
 
 def read_rope(config: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
@@ -46,7 +64,7 @@ def read_deepseek(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_group": config.get("n_group") or 1,
         "topk_group": config.get("topk_group") or 1,
         "q_lora_rank": config.get("q_lora_rank"),
-        "first_k_dense_replace": min(config.get("first_k_dense_replace", 0), config["num_hidden_layers"]),
+        "first_k_dense_replace": min(config.get("first_k_dense_replace") or 0, config["num_hidden_layers"]),
     }
     if not expert_free:
         refuse_other_gates({**config, **found})

@@ -1,11 +1,14 @@
 """Sizes: round trips through config.json, old and new keys, and one-line refusals."""
 
+import math
 from typing import Any
 
 import pytest
+import torch
 
-from sputnik.errors import CheckpointError, ConfigError
+from sputnik.errors import CheckpointError, ConfigError, SputnikError
 from sputnik.model.config import PRESETS, ModelConfig
+from sputnik.model.transformer import Transformer
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 576,
@@ -123,7 +126,7 @@ def test_written_config_tells_engines_what_they_need() -> None:
                     "beta_fast": "x",
                 }
             },
-            "beta_fast = 'x': must be a number",
+            "needs a positive beta_fast, not 'x'",
         ),
         (
             {
@@ -198,3 +201,26 @@ def test_gates_that_transformers_would_take_for_others_are_neither_read_nor_writ
         ModelConfig.from_hf(config.to_hf() | changes)
     with pytest.raises(CheckpointError, match=named):
         ModelConfig.preset(preset, **changes).to_hf()
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize("name", ["tiny", "dense"])
+@pytest.mark.parametrize("value", ["x", [1, 2], {"a": 1}, -1, 0, 10**9, 10**30, True, 1.5, math.nan, None], ids=repr)
+def test_whatever_a_config_json_says_is_a_model_or_one_line(name: str, value: Any) -> None:
+    """No field with an absurd value is a traceback, or a loop without end."""
+    whole = ModelConfig.preset(name).to_hf()
+    if name == "tiny":
+        whole |= {"rope_scaling": YARN}
+    cases = [whole | {key: value} for key in whole]
+    cases += [whole | {"rope_scaling": YARN | {key: value}} for key in YARN]
+    for case in cases:
+        try:
+            config = ModelConfig.from_hf(case)
+        except SputnikError as error:
+            assert "\n" not in str(error)
+        else:
+            with torch.device("meta"):
+                Transformer(config)
+            config.to_hf()
