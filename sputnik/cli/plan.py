@@ -41,11 +41,12 @@ from sputnik.recipe.checkpoints import find_checkpoint
 from sputnik.recipe.corpus import CorpusConfig
 from sputnik.recipe.evaluation import EvalConfig
 from sputnik.recipe.findings import is_card
-from sputnik.recipe.recipe import model_config, read_recipe
+from sputnik.recipe.recipe import Recipe, Stage, model_config, read_recipe
 from sputnik.recipe.stages import kind_of
 from sputnik.recipe.wording import count, duration, money, percent, power
 from sputnik.text.gguf_header import gguf_file
 from sputnik.text.named_models import EMBEDDED, MODELS
+from sputnik.train.adopt import PretrainedConfig
 from sputnik.train.pretrain import PretrainConfig
 from sputnik.train.rl import RLConfig
 from sputnik.train.traces import TracesConfig
@@ -164,9 +165,7 @@ def plan_recipe(config: PlanConfig) -> dict[str, Any]:
     changes = {"vocab_size": corpora[0].vocab_size} if corpora else {}
     stages: list[dict[str, Any]] = []
     for stage in recipe.stages:
-        below = [stage, *recipe.ancestors(stage.name)]
-        table = next((each.model for each in below if each.model), recipe.model)
-        work = stage_work(stage.config, model_config(table, f"{config.model}: [model]", **changes))
+        work = stage_work(stage.config, _shape(recipe, stage, f"{config.model}: [model]", changes))
         hours = device_hours(work.training + work.drawing / DRAWING, device, share)
         row = {"stage": stage.name, "kind": stage.kind, "tokens": work.tokens, "flops": work.training + work.drawing}
         stages.append({**row, "seconds": hours * 3600 / devices, "usd": hours * device.usd_per_hour})
@@ -182,6 +181,16 @@ class Work:
     tokens: int = 0
     training: float = 0.0
     drawing: float = 0.0
+
+
+def _shape(recipe: Recipe, stage: Stage, where: str, changes: dict[str, Any]) -> ModelConfig:
+    """Of the model that the stage works with: its own, that of the nearest stage below which has one, or the recipe's."""
+    for each in (stage, *recipe.ancestors(stage.name)):
+        if each.model:
+            return model_config(each.model, where, **changes)
+        if isinstance(each.config, PretrainedConfig):
+            return read_shape(each.config.source)
+    return model_config(recipe.model, where, **changes)
 
 
 def stage_work(stage: Any, model: ModelConfig) -> Work:

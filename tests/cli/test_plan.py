@@ -121,6 +121,12 @@ def test_recipe_is_planned_stage_by_stage(tmp_path: Path, capsys: pytest.Capture
     assert "a card with a list of recipes; plan one of those" in capsys.readouterr().err
 
 
+def test_a_recipe_on_a_model_of_other_makers_is_planned_at_its_size() -> None:
+    plan = plan_recipe(PlanConfig("recipes/smollm2-gym.toml"))
+    flops = {stage["stage"]: stage["flops"] / (stage["tokens"] or 1) for stage in plan["stages"]}
+    assert 2 * 134e6 < flops["before"] < 2.2 * 134e6 < flops["zero"]
+
+
 def test_work_grows_with_each_dial_of_a_stage() -> None:
     model = ModelConfig.preset("tiny")
     base = PretrainConfig()
