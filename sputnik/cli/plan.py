@@ -184,7 +184,7 @@ class Work:
 
 
 def _shape(recipe: Recipe, stage: Stage, where: str, changes: dict[str, Any]) -> ModelConfig:
-    """Of the model that the stage works with: its own, that of the nearest stage below which has one, or the recipe's."""
+    """Of the model that the stage works with: its own, that of the nearest stage below with one, or the recipe's."""
     for each in (stage, *recipe.ancestors(stage.name)):
         if each.model:
             return model_config(each.model, where, **changes)
