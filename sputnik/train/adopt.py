@@ -23,7 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sputnik.engine.sampler import autocast
 from sputnik.errors import ConfigError
+from sputnik.hardware import resolve_precision
 from sputnik.model.checkpoint import check_tokenizer, load_model, save_model
 from sputnik.model.head import IGNORE, head_loss
 from sputnik.model.transformer import Transformer
@@ -102,6 +104,7 @@ def teach(
     steps: int,
     lr: float,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
+    precision: str = "fp32",
 ) -> list[float]:
     """Fit these rows of embedding and head to the lessons, all of them in each step; every other weight stays as it is,
     bit for bit. Returns the losses (nats per token that an assistant writes) before each step."""
@@ -119,8 +122,9 @@ def teach(
         for weight in weights:
             weight.requires_grad_(True)
             weight.grad = None
-        hidden = model.trunk(ids[:, :-1]).hidden.flatten(0, 1)
-        loss = head_loss(hidden, model.lm_head.weight, targets.flatten()) / written
+        with autocast(precision):
+            hidden = model.trunk(ids[:, :-1]).hidden.flatten(0, 1)
+            loss = head_loss(hidden, model.lm_head.weight, targets.flatten()) / written
         loss.backward()  # type: ignore[no-untyped-call]
         for weight, part in zip(weights, parts, strict=True):
             assert weight.grad is not None
@@ -156,7 +160,7 @@ def adopt_checkpoint(
     figures: dict[str, Any] = {"parameters": size, "rows": model.config.vocab_size}
     if config.steps and (rows := new_rows(old, tok)):
         lessons = read_lessons(tok, Path(config.examples) if config.examples else None)
-        losses = teach(model, rows, lessons, config.steps, config.lr, on_step)
+        losses = teach(model, rows, lessons, config.steps, config.lr, on_step, resolve_precision("auto"))
         figures |= {"loss_before": losses[0], "loss": losses[-1]}
     save_model(model, out / "checkpoint", tokenizer=tok)
     return figures
