@@ -91,7 +91,7 @@ def token_logprobs(
 
 class _TokenLogprobs(torch.autograd.Function):
     """The gradient of a log-probability is the row of the head minus the mean row: one-hot minus probabilities. Those
-    are kept while they are few, else computed again chunk by chunk."""
+    are kept while they are few, else computed again chunk by chunk. Products in the compute type, as in `head_loss`."""
 
     @staticmethod
     def forward(
@@ -110,6 +110,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 kept.append(probabilities)
         ctx.save_for_backward(hidden, weight, targets, *kept)
         ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.dtype = torch.float32 if fused.narrows(hidden) else compute_dtype(weight)
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy.neg_()
 
@@ -119,15 +120,19 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        head = weight.to(ctx.dtype)
         for number, start in enumerate(range(0, len(targets), ctx.chunk)):
             part = slice(start, start + ctx.chunk)
             probabilities = kept[number] if kept else _logprobs(hidden[part], weight, ctx.temperature).exp_()
             by_row = grad[part, None] / ctx.temperature
             error = (probabilities * -by_row).scatter_add_(1, targets[part, None], by_row)
+            error = error.to(ctx.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = error @ weight.float()
-            if grad_weight is not None:
+                grad_hidden[part] = error @ head
+            if grad_weight is not None and ctx.dtype == torch.float32:
                 grad_weight.addmm_(error.t(), hidden[part].float())
+            elif grad_weight is not None:
+                grad_weight += error.t() @ hidden[part].to(ctx.dtype)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 

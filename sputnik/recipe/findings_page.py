@@ -159,7 +159,7 @@ def _spent(facts: Mapping[str, Any]) -> str:
     if not facts["seconds"]:
         return "Nothing has been run yet: what stands here are the rules."
     machines = "; ".join(
-        f"{m.get('cpu')}, {m.get('threads')} threads, torch {m.get('torch')}, {m.get('precision')}"
+        f"{m.get('cpu')}, threads: {m.get('threads')}, torch {m.get('torch')}, {m.get('precision')}"
         for m in facts["hardware"]
     )
     recipes = dict.fromkeys(cost["recipe"] for cost in facts["runs"])
