@@ -202,7 +202,7 @@ BROKEN: dict[str, tuple[Breakage, str]] = {
     "config of another kind": (lambda root: (root / "config.json").write_text("{}"), "model_type"),
     "config without sizes": (
         lambda root: (root / "config.json").write_text('{"model_type": "llama"}'),
-        "num_attention_heads",
+        "hidden_size = None: a model needs one",
     ),
     "size a string": (edit_config(hidden_size="16"), "hidden_size"),
     "unknown model type": (edit_config(model_type="mamba"), "model_type 'mamba'"),

@@ -27,12 +27,12 @@ def saved(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": None, "head_dim": None}, "damaged (unsupported operand"),
-        ({"num_attention_heads": 0, "head_dim": None}, "damaged (integer division"),
+        ({"hidden_size": None, "head_dim": None}, "hidden_size = None: a model needs one"),
+        ({"num_attention_heads": 0, "head_dim": None}, "num_attention_heads = 0: a model needs one"),
         ({"rope_theta": "big"}, "rope_theta = 'big'"),
-        ({"rope_scaling": "x"}, "damaged (dictionary update"),
+        ({"rope_scaling": "x"}, "rope_scaling = 'x': must be an object"),
         ({"rope_scaling": {"factor": 8.0}}, "rope_type None is not computed here"),
-        ({"model_type": ["llama"]}, "damaged (unhashable"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not one of"),
         ({"eos_token_id": ["5"]}, "eos_token_id = '5'"),
     ],
 )
