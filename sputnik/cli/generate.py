@@ -30,6 +30,7 @@ from sputnik.engine.llm import LLM, Stream
 from sputnik.engine.outputs import Output
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sampling import sample_seed
+from sputnik.engine.stride import STRIDE
 from sputnik.errors import ConfigError, DataError, SputnikError
 from sputnik.eval.models import fingerprint
 from sputnik.recipe.checkpoints import find_checkpoint
@@ -112,7 +113,7 @@ class Batch:
                 self._start(*each)
             if not self._running:
                 return
-            for stream in self.llm.step():
+            for stream in self.llm.step(STRIDE):
                 self._finish(stream)
             progress.show(len(self.answers.keys), self.llm.engine.metrics.drawn_tokens)
 

@@ -25,11 +25,12 @@ from sputnik.engine.config import EngineConfig, Tables, cache_blocks
 from sputnik.engine.metrics import WEIGHT_BYTES, Metrics
 from sputnik.engine.metrics import Work as StepWork
 from sputnik.engine.runner import FlatBatch, make_runner
-from sputnik.engine.sample import Event, Request, Sample
-from sputnik.engine.sampling import Drawn, Masks, Row, SamplingBatch, sample, score
+from sputnik.engine.sample import Event, Request, Sample, masks_of
+from sputnik.engine.sampling import Drawn, Row, SamplingBatch, sample, score
 from sputnik.engine.scheduler import Scheduler
 from sputnik.engine.sequence import Limits, Work
 from sputnik.engine.speculate import Speculation
+from sputnik.engine.stride import STRIDE, may_stride, stride
 from sputnik.engine.thinking import Finish
 from sputnik.errors import ConfigError, DataError
 from sputnik.hardware import resolve_precision
@@ -143,8 +144,9 @@ class Engine:
 
     # --- one step ---
 
-    def step(self) -> list[Event]:
-        """Compute one batch; what it brought, by request. Empty when there is nothing to do."""
+    def step(self, most: int = 1) -> list[Event]:
+        """Compute one batch; what it brought, by request. Empty when there is nothing to do. `most`: tokens that it may
+        bring of a sequence where they all only decode (stride.py); deadlines and newcomers wait for them."""
         started = self.clock()
         plan = self.scheduler.schedule(started)
         events = [self._finish(self._samples[sequence.id], "deadline") for sequence in plan.expired]
@@ -152,6 +154,9 @@ class Engine:
         if not plan.works:
             self.metrics.finished += len(events)
             return events
+        steps = self._free_steps(plan.works, most)
+        if steps > 1:
+            return events + self._stride(plan.works, steps, started)
         batch, wanted = self._flat(plan.works)
         hidden = self.runner.forward(batch)
         if self.config.record_routes:
@@ -169,6 +174,36 @@ class Engine:
         self.metrics.step(self.clock() - started, len(batch.ids), context, events, self.clock())
         return events
 
+    def _free_steps(self, works: Sequence[Work], most: int) -> int:
+        """Steps until somebody must be asked what comes next; 1: this is an ordinary one."""
+        if most == 1 or self._scoring or self.speculation is not None or self.device.type != "cpu":
+            return 1
+        if not may_stride(works, [self._samples[work.sequence.id] for work in works]):
+            return 1
+        return self.scheduler.reserve(works, most)
+
+    def _stride(self, works: Sequence[Work], steps: int, started: float) -> list[Event]:
+        """Some steps at once (stride.py); all events of a sample behind one another."""
+        rows, events = [self._samples[work.sequence.id] for work in works], list[Event]()
+        batch, _ = self._flat(works)
+        drawn = stride(self.runner, batch, self._sampling(rows), rows, steps, self.config.record_routes)
+        for row, (work, each) in enumerate(zip(works, rows, strict=True)):
+            ids, failed = drawn.tokens[row], drawn.failed[row]
+            if drawn.routes is not None:
+                each.keep_routes(work.start, drawn.routes[: len(ids), row])
+            ids = ids[:-1] if failed else ids
+            logprobs: list[float] | list[None] = [None] * len(ids) if drawn.logprobs is None else drawn.logprobs[row]
+            kept, finish = each.take_all(ids, logprobs)
+            self.scheduler.strode(work, kept)
+            events += [Event(each.request, each.index, *told, None, each) for told in zip(kept, logprobs, strict=False)]
+            if failed and finish is None and len(kept) == len(ids):
+                events.append(self._finish(each, "failed"))
+            elif finish is not None:
+                events[-1] = self._finish(each, finish, kept[-1], logprobs[len(kept) - 1])
+        now = self.clock()
+        self.metrics.step(now - started, drawn.steps * len(rows), drawn.context, events, now, drawn.steps)
+        return events
+
     def _record(self, works: Sequence[Work]) -> None:
         """Keep the experts of this step's tokens with their samples."""
         taken = self.runner.routes()
@@ -176,10 +211,7 @@ class Engine:
             return
         rows, at = taken.transpose(0, 1).to(torch.int16).numpy(), 0
         for work in works:
-            each = self._samples[work.sequence.id]
-            if each.routes is None:
-                each.routes = np.full((work.sequence.max_length, *rows.shape[1:]), -1, dtype=np.int16)
-            each.routes[work.start : work.start + work.count] = rows[at : at + work.count]
+            self._samples[work.sequence.id].keep_routes(work.start, rows[at : at + work.count])
             at += work.count
 
     def _flat(self, works: Sequence[Work]) -> tuple[FlatBatch, list[range]]:
@@ -228,27 +260,31 @@ class Engine:
             rows += group
         return rows, at
 
-    def _draw(self, rows: list[Sample], hidden: Tensor) -> Drawn:
+    def _sampling(self, rows: list[Sample]) -> SamplingBatch:
         if rows != self._rows or self._batch is None:
             described = [Row(each.params, each.seed, each.prompt, each.written) for each in rows]
             self._batch = SamplingBatch(described, self.model.config.vocab_size, self.eos_ids, self.device)
             self._rows = rows
+        return self._batch
+
+    def _draw(self, rows: list[Sample], hidden: Tensor) -> Drawn:
+        batch = self._sampling(rows)
         positions = torch.tensor(_positions(rows), device=self.device)
         forced = [each.forced() for each in rows] if any(each.controlled for each in rows) else None
         drawn = sample(
             self.runner.head(hidden),
-            self._batch,
+            batch,
             positions,
-            masks=_masks(rows, self.device),
+            masks=masks_of(rows, self.device),
             forced=torch.tensor([-1 if id is None else id for id in forced], device=self.device) if forced else None,
         )
-        self._batch.observe(drawn.tokens)
+        batch.observe(drawn.tokens)
         return drawn
 
     def _advance(self, rows: Sequence[Sample], drawn: Drawn) -> list[Event]:
         events = []
         logprobs: list[float] | list[None] = [None] * len(rows) if drawn.logprobs is None else drawn.logprobs.tolist()
-        tops = _tops(drawn)
+        tops = drawn.tops()
         sound = drawn.sound.tolist()
         tokens, place = drawn.tokens.tolist(), 0
         while place < len(rows):
@@ -337,7 +373,7 @@ class Engine:
             number = self.add(request)
             kept.append(self.samples(number))
         while self.busy:
-            self.step()
+            self.step(STRIDE)
         return kept
 
 
@@ -356,21 +392,3 @@ def _positions(rows: Sequence[Sample]) -> list[int]:
         positions.append(positions[-1] + 1 if each is last else len(each.written))
         last = each
     return positions
-
-
-def _masks(rows: Sequence[Sample], device: torch.device) -> Masks | None:
-    """What the grammars allow next."""
-    found = [(place, each.matcher.bits()) for place, each in enumerate(rows) if each.matcher and each.constrained]
-    if not found:
-        return None
-    places, bits = torch.tensor([place for place, _ in found]), np.stack([bits for _, bits in found])
-    return Masks(places.to(device), torch.from_numpy(bits).to(device))
-
-
-def _tops(drawn: Drawn) -> dict[int, list[tuple[int, float]]]:
-    """Row -> the likeliest tokens with their log-probabilities, where asked for."""
-    return {
-        row: list(zip(ids, logprobs, strict=True))
-        for top in drawn.top
-        for row, ids, logprobs in zip(top.rows.tolist(), top.ids.tolist(), top.logprobs.tolist(), strict=True)
-    }

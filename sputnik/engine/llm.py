@@ -32,6 +32,7 @@ from sputnik.engine.engine import Engine
 from sputnik.engine.outputs import Output, Piece, Reader, Result
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sample import Event, Request, Sample
+from sputnik.engine.stride import STRIDE
 from sputnik.engine.thinking import ThoughtTokens
 from sputnik.errors import ConfigError, DataError
 from sputnik.model import kernels
@@ -155,14 +156,15 @@ class LLM:
         self._streams[stream.number] = stream
         return stream
 
-    def step(self) -> list["Stream"]:
-        """Compute one batch of all that runs and hand out what it brought; returns those that ended with it.
+    def step(self, most: int = 1) -> list["Stream"]:
+        """Compute one batch of all that runs and hand out what it brought; returns those that ended with it. `most`:
+        tokens it may bring of each at once, for who waits for whole answers.
 
         An exception in the middle, Ctrl-C for instance, ends all that runs: a step is done wholly or not at all."""
         ended: dict[int, Stream] = {}
         self._stepping = True
         try:
-            for event in self.engine.step():
+            for event in self.engine.step(most):
                 stream = self._streams.get(event.request)
                 if stream is not None:
                     stream.take(event)
@@ -239,7 +241,7 @@ class Stream(Iterator[Piece]):
     def result(self) -> Result:
         """Wait for the end; after `close`, what there is."""
         while not self.done:
-            self._llm.step()
+            self._llm.step(STRIDE)
         outputs = [self._output(*each) for each in zip(self._samples, self._readers, strict=True)]
         if self._params.best_of is not None:
             ranked = sorted(zip(outputs, self._samples, strict=True), key=lambda pair: -_mean_logprob(*pair))

@@ -53,10 +53,12 @@ class Metrics:
         self._ttft: deque[float] = deque(maxlen=KEPT)
         self._tpot: deque[float] = deque(maxlen=KEPT)
 
-    def step(self, seconds: float, computed: int, context: int, events: Sequence[Event], now: float) -> None:
-        """`computed` tokens that attended to `context` cached ones, over all sequences."""
-        self.steps += 1
-        self._sizes[computed] += 1
+    def step(
+        self, seconds: float, computed: int, context: int, events: Sequence[Event], now: float, steps: int = 1
+    ) -> None:
+        """`computed` tokens that attended to `context` cached ones, over all sequences and, of a stride, `steps`."""
+        self.steps += steps
+        self._sizes[computed // steps] += steps
         self._context += context
         self.busy_seconds += seconds
         self.computed_tokens += computed

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from sputnik.engine.params import SamplingParams
-from sputnik.engine.sampling import sample_seed
+from sputnik.engine.sampling import Masks, sample_seed
 from sputnik.engine.sequence import Sequence
 from sputnik.engine.thinking import Finish, ThoughtControl, ThoughtTokens
 from sputnik.errors import DataError
@@ -139,6 +140,28 @@ class Sample:
         whole = finish == "length" and self.matcher is not None and self.matcher.done
         return "stop" if whole else finish
 
+    def take_all(self, ids: list[int], logprobs: Tokens[float | None]) -> tuple[list[int], Finish | None]:
+        """Tokens drawn in a row, none but the last of them an end: those that stay, up to where something else is to be
+        written than what was drawn, and why the sample ends with them, or None."""
+        if self.control is None and self.matcher is None and ids:
+            self.written += ids[:-1]
+            self.logprobs += (each for each in logprobs[: len(ids) - 1] if each is not None)
+            return ids, self.take(ids[-1], logprobs[len(ids) - 1], None)
+        kept = list[int]()
+        for drawn, logprob in zip(ids, logprobs, strict=False):
+            id = self.instead(drawn)
+            kept.append(id)
+            finish = self.take(id, logprob, None)
+            if finish is not None or id != drawn or self.forced() is not None:
+                return kept, finish
+        return kept, None
+
+    def keep_routes(self, start: int, rows: "np.ndarray[Any, np.dtype[np.int16]]") -> None:
+        """The experts (tokens, expert layers, K) of the tokens from `start` on."""
+        if self.routes is None:
+            self.routes = np.full((self.sequence.max_length, *rows.shape[1:]), -1, dtype=np.int16)
+        self.routes[start : start + len(rows)] = rows
+
     def answer_now(self) -> None:
         if self.control is not None:
             self.control.answer_now()
@@ -162,3 +185,12 @@ class Event:
     logprob: float | None
     finish: Finish | None
     of: Sample
+
+
+def masks_of(rows: Tokens[Sample], device: torch.device) -> Masks | None:
+    """What the grammars allow next."""
+    found = [(place, each.matcher.bits()) for place, each in enumerate(rows) if each.matcher and each.constrained]
+    if not found:
+        return None
+    places, bits = torch.tensor([place for place, _ in found]), np.stack([bits for _, bits in found])
+    return Masks(places.to(device), torch.from_numpy(bits).to(device))

@@ -82,6 +82,14 @@ class Drawn:
     sound: Tensor
     top: tuple[Top, ...] = ()
 
+    def tops(self) -> dict[int, list[tuple[int, float]]]:
+        """Row -> the likeliest tokens with their log-probabilities, where asked for."""
+        return {
+            row: list(zip(ids, logprobs, strict=True))
+            for top in self.top
+            for row, ids, logprobs in zip(top.rows.tolist(), top.ids.tolist(), top.logprobs.tolist(), strict=True)
+        }
+
 
 class SamplingBatch:
     """The parameters of R rows as tensors. Build it anew when the rows change; in between call `observe`.

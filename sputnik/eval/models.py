@@ -18,6 +18,7 @@ from sputnik.engine.llm import LLM, Stream
 from sputnik.engine.outputs import Output
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sampling import sample_seed
+from sputnik.engine.stride import STRIDE
 from sputnik.eval.harness import Reply, Written, failed_reply, thought_tokens
 from sputnik.eval.records import Question
 from sputnik.eval.results import Setting
@@ -65,7 +66,7 @@ class Local:
                 running[stream.number] = question, prompt, stream
             if not running:
                 return
-            ended = [running.pop(stream.number) for stream in self.llm.step()]
+            ended = [running.pop(stream.number) for stream in self.llm.step(STRIDE)]
             if ended:
                 yield [
                     (question.problem, sample, self._reply(outputs[sample], prompt))

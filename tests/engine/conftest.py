@@ -29,12 +29,14 @@ def histories(salt: bytes, tokens: Tokens[int]) -> list[int]:
 class PretendEngine:
     """Runs plans on a dictionary, checks each read and write, and generates to `max_length`."""
 
-    def __init__(self, blocks: int = 16, size: int = 4, drafts: int = 0, forces: int = -1, **limits: float) -> None:
+    def __init__(
+        self, blocks: int = 16, size: int = 4, drafts: int = 0, forces: int = -1, stride: int = 1, **limits: float
+    ) -> None:
         defaults: dict[str, float] = {"max_tokens_per_step": 24, "max_running": 8, "chunk": 8, "reserve": 0}
         self.pool = BlockPool(blocks, size, key=b"test")
         self.scheduler = Scheduler(self.pool, Limits(**(defaults | limits)))  # type: ignore[arg-type]
         self.memory: dict[int, int] = {}
-        self.drafts, self.forces = drafts, forces
+        self.drafts, self.forces, self.stride = drafts, forces, stride
         self.now, self.computed = 0.0, 0
         self.random = random.Random(0)
         self.followers: dict[int, list[Sequence]] = {}
@@ -71,6 +73,10 @@ class PretendEngine:
         assert len({work.sequence.id for work in plan.works}) == len(plan.works)
         assert all(s.deadline is not None and s.deadline <= self.now and not s.blocks for s in plan.expired)
         self.copy(plan.copies)
+        if self.strides(plan.works):
+            for id in aborted_meanwhile:
+                self.scheduler.abort(id)
+            return plan
         written: dict[int, int] = {}
         for work in plan.works:
             self.compute(work, written)
@@ -79,6 +85,28 @@ class PretendEngine:
         for work in plan.works:
             self.advance(work)
         return plan
+
+    def strides(self, works: list[Work]) -> bool:
+        """Several tokens at once, where the scheduler has blocks for them; false: an ordinary step is due."""
+        plain = works and all(work.count == 1 and work.sequence.decoding for work in works)
+        steps = self.scheduler.reserve(works, self.stride) if plain and self.stride > 1 and not self.drafts else 1
+        written: dict[int, int] = {}
+        for work in works if steps > 1 else ():
+            sequence, drawn = work.sequence, list[int]()
+            for place in range(work.start, min(work.start + self.random.randint(1, steps), sequence.max_length - 1)):
+                block = sequence.blocks[place // self.pool.size]
+                assert self.pool.holders(block) == 1 and self.pool._digests[block] is None
+                assert written.setdefault(block, sequence.id) == sequence.id
+                before = histories(sequence.salt, [*sequence.tokens, *drawn][: place + 1])
+                for index in range(place):
+                    assert self.memory[self.slot(sequence, index)] == before[index]
+                self.memory[self.slot(sequence, place)] = before[-1]
+                drawn.append(self.following([*sequence.tokens, *drawn][place], before[-1], sequence.id))
+            self.scheduler.strode(work, drawn)
+            if len(sequence.tokens) == sequence.max_length:
+                self.scheduler.finish(sequence)
+                self.finished.append(sequence)
+        return steps > 1
 
     def copy(self, copies: list[tuple[int, int]]) -> None:
         """One after the other; all reads before all writes must give the same."""

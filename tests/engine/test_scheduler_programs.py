@@ -39,13 +39,12 @@ class Programs(RuleBasedStateMachine):
         spare=st.integers(0, 6),
         reserve=st.integers(0, 2),
         drafts=st.integers(0, 3),
+        stride=st.integers(1, 5),
     )
-    def start(
-        self, size: int, memory: int, chunk: int, max_running: int, spare: int, reserve: int, drafts: int
-    ) -> None:
+    def start(self, size: int, memory: int, chunk: int, max_running: int, spare: int, reserve: int, **way: int) -> None:
         step = chunk + max_running + spare
         limits = {"max_tokens_per_step": step, "max_running": max_running, "chunk": chunk, "reserve": reserve}
-        self.engine = self.pretend(memory // size, size, drafts=drafts, forces=FORCES, patience=3.0, **limits)
+        self.engine = self.pretend(memory // size, size, forces=FORCES, patience=3.0, **way, **limits)
 
     @rule(
         prompt=PROMPTS,
