@@ -43,9 +43,9 @@ class PacedEngine(Engine):
         self._letters = [llm.tok.encode(chr(byte))[0] for byte in range(128)]
         self._pause = 1 / steps if steps else 0.0
 
-    def step(self) -> list[Event]:
+    def step(self, most: int = 1) -> list[Event]:
         begun, before = time.monotonic(), self.metrics.computed_tokens
-        events = super().step()
+        events = super().step()  # one token each: a pause stands for a step
         prompts = self.metrics.computed_tokens - before - len(events)
         time.sleep(max(0.0, begun + self._pause * (1 + PROMPT_TOKEN * prompts) - time.monotonic()))
         return events

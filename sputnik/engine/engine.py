@@ -169,7 +169,7 @@ class Engine:
         if rows:
             events += self._advance(rows, self._draw(rows, hidden[places]))
         if self.speculation is not None:
-            self._guess(self.speculation, batch, plan.works, len(events))
+            self._guess(self.speculation, batch, plan.works, sum(len(event.ids) for event in events))
         context = sum(work.start + work.count for work in plan.works)
         self.metrics.step(self.clock() - started, len(batch.ids), context, events, self.clock())
         return events
@@ -183,7 +183,7 @@ class Engine:
         return self.scheduler.reserve(works, most)
 
     def _stride(self, works: Sequence[Work], steps: int, started: float) -> list[Event]:
-        """Some steps at once (stride.py); all events of a sample behind one another."""
+        """Some steps at once (stride.py)."""
         rows, events = [self._samples[work.sequence.id] for work in works], list[Event]()
         batch, _ = self._flat(works)
         drawn = stride(self.runner, batch, self._sampling(rows), rows, steps, self.config.record_routes)
@@ -195,11 +195,10 @@ class Engine:
             logprobs: list[float] | list[None] = [None] * len(ids) if drawn.logprobs is None else drawn.logprobs[row]
             kept, finish = each.take_all(ids, logprobs)
             self.scheduler.strode(work, kept)
-            events += [Event(each.request, each.index, *told, None, each) for told in zip(kept, logprobs, strict=False)]
             if failed and finish is None and len(kept) == len(ids):
-                events.append(self._finish(each, "failed"))
-            elif finish is not None:
-                events[-1] = self._finish(each, finish, kept[-1], logprobs[len(kept) - 1])
+                finish = "failed"
+            event = Event(each.request, each.index, kept, None, each)
+            events.append(event if finish is None else self._finish(each, finish, kept))
         now = self.clock()
         self.metrics.step(now - started, drawn.steps * len(rows), drawn.context, events, now, drawn.steps)
         return events
@@ -272,7 +271,7 @@ class Engine:
         positions = torch.tensor(_positions(rows), device=self.device)
         forced = [each.forced() for each in rows] if any(each.controlled for each in rows) else None
         drawn = sample(
-            self.runner.head(hidden),
+            self.runner.head(hidden, keep=False),
             batch,
             positions,
             masks=masks_of(rows, self.device),
@@ -290,18 +289,19 @@ class Engine:
         while place < len(rows):
             each = rows[place]
             guessed = each.sequence.tokens[-each.sequence.drafts :] if each.sequence.drafts else []
-            end = place + 1 + len(guessed)
+            end, told = place + 1 + len(guessed), list[int]()
             for at in range(place, end):
-                id, logprob = each.instead(tokens[at]), logprobs[at]
-                finish = each.take(id, logprob, tops.get(at)) if sound[at] else "failed"
+                id = each.instead(tokens[at])
+                finish = each.take(id, logprobs[at], tops.get(at)) if sound[at] else "failed"
                 if finish is not None:
-                    events.append(self._finish(each, finish, id if sound[at] else None, logprob))
+                    events.append(self._finish(each, finish, [*told, id] if sound[at] else told))
                     break
-                events.append(Event(each.request, each.index, id, logprob, None, each))
+                told.append(id)
                 right = at - place < len(guessed) and guessed[at - place] == id and each.forced() is None
                 if not right:
                     self._settle(each, len(guessed), at - place)
                     self.scheduler.append(each.sequence, id)
+                    events.append(Event(each.request, each.index, told, None, each))
                     break
             place = end
         return events
@@ -336,7 +336,7 @@ class Engine:
             return False
         return each.guessable and each.forced() is None
 
-    def _finish(self, each: Sample, finish: Finish, id: int | None = None, logprob: float | None = None) -> Event:
+    def _finish(self, each: Sample, finish: Finish, ids: Sequence[int] = ()) -> Event:
         each.finish = finish
         if each.sequence.state in ("waiting", "running"):
             self.scheduler.finish(each.sequence)
@@ -347,7 +347,7 @@ class Engine:
                     other.finish = finish
         if all(other.finish for other in self._requests[each.request]):
             del self._requests[each.request]
-        return Event(each.request, each.index, id, logprob, finish, each)
+        return Event(each.request, each.index, list(ids), finish, each)
 
     def _score_prompts(self, works: Sequence[Work], places: Sequence[range], hidden: Tensor) -> None:
         for work, place in zip(works, places, strict=True):

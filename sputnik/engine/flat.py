@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from sputnik.model import kernels
 from sputnik.model.config import ModelConfig
 from sputnik.model.gqa import GQA
 from sputnik.model.mla import LATENT_EPS, MLA
@@ -52,8 +53,8 @@ class Runner(Protocol):
     def forward(self, batch: FlatBatch) -> Tensor:
         """Write the batch's tokens to the cache and return (R, D) fp32 hidden states after the final norm."""
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(R, D) -> fp32 logits (R, V)."""
+    def head(self, hidden: Tensor, keep: bool = True) -> Tensor:
+        """(R, D) -> fp32 logits (R, V). Not to `keep`: the next call may write over them, which saves fresh pages."""
 
     def ahead(self, batch: FlatBatch, next_ids: Tensor, module: int = 0, hidden: Tensor | None = None) -> Tensor:
         """Prediction module `module` on the batch: (R, D) hidden states whose head predicts the token after `next_ids`.
@@ -80,7 +81,10 @@ def new_caches(
     """Per layer, the prediction modules' included, (blocks, size, W)."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    return [torch.zeros(blocks, size, config.cache_width, dtype=dtype, device=device) for _ in range(layers)]
+    shape = blocks, size, config.cache_width
+    if torch.device(device).type == "cpu" and kernels.load():
+        return [torch.ops.sputnik.huge_zeros(shape, dtype) for _ in range(layers)]
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
 
 def copy_blocks(caches: list[Tensor], pairs: Sequence[tuple[int, int]]) -> None:

@@ -143,7 +143,7 @@ class GpuRunner:
         return self._norm(x, each.norm.weight)[batch.wanted.to(self.device)]
 
     @torch.no_grad()
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, keep: bool = True) -> Tensor:
         return self.model.head(hidden)
 
     def routes(self) -> Tensor | None:

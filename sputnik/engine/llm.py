@@ -37,7 +37,7 @@ from sputnik.engine.thinking import ThoughtTokens
 from sputnik.errors import ConfigError, DataError
 from sputnik.model import kernels
 from sputnik.model.checkpoint import check_tokenizer, load_model
-from sputnik.text.chat import Prompt, answer_block, render
+from sputnik.text.chat import Channel, Prompt, answer_block, render
 from sputnik.text.foreign import render_own
 from sputnik.text.named_models import find_model
 from sputnik.text.tokenizer import Tokenizer
@@ -265,15 +265,17 @@ class Stream(Iterator[Piece]):
     __del__ = close
 
     def take(self, event: Event) -> None:
-        """For `LLM.step`: a token of this request, or its end."""
+        """For `LLM.step`: the next tokens of this request, or its end."""
         reader, finish = self._readers[event.sample], event.finish
-        if self._closed or reader.finish is not None:  # what was guessed beyond a stop string came in the same step
+        if self._closed or reader.finish is not None:  # ended here, not yet there
             return
-        called = len(reader.calls)
-        found = [] if event.id is None else reader.feed(event.id)
-        if reader.stopped:
-            finish = "stop"
-            self._llm.engine.end(event.of, finish)
+        called, found = len(reader.calls), list[tuple[Channel, str]]()
+        for id in event.ids:
+            found += reader.feed(id)
+            if reader.stopped:  # what was drawn beyond a stop string in the same step is nobody's
+                finish = "stop"
+                self._llm.engine.end(event.of, finish)
+                break
         if finish is not None:
             found += reader.end(finish)
         self._pieces += [Piece(channel, text, event.sample) for channel, text in found]

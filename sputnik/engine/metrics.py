@@ -64,8 +64,8 @@ class Metrics:
         self.computed_tokens += computed
         for event in events:
             sample = event.of
-            self.drawn_tokens += event.id is not None
-            if sample.first_token is None and event.id is not None:
+            self.drawn_tokens += len(event.ids)
+            if sample.first_token is None and event.ids:
                 sample.first_token = now
                 self._ttft.append(now - sample.arrival)
             if event.finish is not None:

@@ -103,8 +103,8 @@ class NativeRunner:
         return self.native.ahead(module, next_ids, hidden, batch.positions, batch.starts, batch.tables, batch.wanted)
 
     @torch.no_grad()
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.native.logits(hidden)
+    def head(self, hidden: Tensor, keep: bool = True) -> Tensor:
+        return self.native.logits(hidden, keep)
 
     def routes(self) -> Tensor | None:
         return self.native.routes() if self.model.config.n_routed_experts else None
@@ -178,7 +178,7 @@ class TorchRunner:
                 yield part, cast(Cache, pages)
 
     @torch.no_grad()
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, keep: bool = True) -> Tensor:
         return torch.cat([self.frozen.head(row) for row in hidden.split(1)]) if self.exact else self.frozen.head(hidden)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:

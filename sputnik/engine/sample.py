@@ -177,12 +177,12 @@ class Sample:
 
 @dataclass(eq=False, slots=True)
 class Event:
-    """One token of one sample, or its end without one (deadline, failed). Not frozen, which would treble its price."""
+    """What a step brought of one sample: its next tokens, and why it ended with the last of them (or without any:
+    deadline, failed). Not frozen, which would treble its price."""
 
     request: int
     sample: int
-    id: int | None
-    logprob: float | None
+    ids: list[int]
     finish: Finish | None
     of: Sample
 

@@ -83,14 +83,14 @@ class Speculation:
         out: list[list[int]] = [[] for _ in works]
         if not chosen:
             return out
-        guesses = [self.runner.head(hidden).argmax(dim=-1)]
+        guesses = [self.runner.head(hidden, keep=False).argmax(dim=-1)]
         tables, positions = batch.tables[chosen], batch.positions[batch.wanted]
         reach = torch.tensor([self._reach(works[index].sequence) for index in chosen])
         for depth in range(1, self.most):
             if int((positions + depth - reach).max()) >= 0:  # no block for the entry of this guess yet
                 break
             hidden = self._further(hidden, guesses[-1], tables, positions + depth, depth)
-            guesses.append(self.runner.head(hidden).argmax(dim=-1))
+            guesses.append(self.runner.head(hidden, keep=False).argmax(dim=-1))
         for index, own in zip(chosen, torch.stack(guesses, dim=1).tolist(), strict=True):
             out[index] = own
         return out

@@ -3,8 +3,8 @@
 Who waits for whole answers (rollouts, evaluation) does not miss a token that comes a few steps later. A stride, which
 `Engine.step(most)` takes where it may, draws up to `most` tokens of every sequence as tensors alone, with nothing to be
 decided in between but whether a row has ended. Ended rows stay, computing their last token over and over, until they
-are too many. Controls of thoughts look at what was drawn afterwards, and what follows a change of theirs is drawn again:
-as with guesses, text with and without strides is the same text, since a draw is a function of logits, seed and position.
+are too many. Controls of thoughts look at what was drawn afterwards, and what follows a change of theirs is drawn anew:
+text with and without strides is the same text, as with guesses, since a draw is a function of logits, seed and place.
 The slow twin is the engine's ordinary step.
 
 R rows, one token of one sequence each.
@@ -69,7 +69,7 @@ def stride(
         if taken is not None:
             routes.append(taken.transpose(0, 1).to(torch.int16))
         context += int(positions.sum()) + rows
-        drawn = sample(runner.head(hidden), draws, written + len(tokens))
+        drawn = sample(runner.head(hidden, keep=False), draws, written + len(tokens))
         tokens.append(drawn.tokens)
         if drawn.logprobs is not None:
             logprobs.append(drawn.logprobs)

@@ -199,7 +199,7 @@ class Desk:
             run = self._runs.get(event.request)
             if run is not None:
                 if event.sample in run.told:
-                    told.setdefault(run.peer, []).append(_token(run, event))
+                    told.setdefault(run.peer, []).extend(_tokens(run, event))
                 if event.finish is not None:
                     told.setdefault(run.peer, []).extend(_silent(run))
                     self._forget(event.request, run)
@@ -213,21 +213,24 @@ class Desk:
             del self._runs[number], self._numbers[run.peer, run.id]
 
 
-def _token(run: _Run, event: Event) -> wire.Token:
-    place, sample = run.told[event.sample], event.of
-    top = sample.top[place] if event.id is not None and len(sample.top) > place else None
-    closed_by = sample.control.closed_by if event.finish and sample.control else None
-    logprob = None if sample.params.logprobs is None else event.logprob
-    token = wire.Token(
-        run.id, run.seq, run.first + event.sample, event.id, event.finish,
-        0 if place else sample.sequence.cached, closed_by, logprob, top,
-    )  # fmt: skip
-    run.seq += 1
-    if event.finish is None:
-        run.told[event.sample] = place + 1
-    else:
-        del run.told[event.sample]
-    return token
+def _tokens(run: _Run, event: Event) -> Iterable[wire.Token]:
+    """Those of an event, the last with its end; an end without a token is one as well."""
+    sample, last = event.of, len(event.ids) - 1
+    scored = sample.params.logprobs is not None
+    for at, id in enumerate(event.ids or [None]):
+        place, finish = run.told[event.sample], event.finish if at >= last else None
+        top = sample.top[place] if id is not None and len(sample.top) > place else None
+        closed_by = sample.control.closed_by if finish and sample.control else None
+        logprob = sample.logprobs[place] if scored and id is not None else None
+        yield wire.Token(
+            run.id, run.seq, run.first + event.sample, id, finish, 0 if place else sample.sequence.cached, closed_by,
+            logprob, top,
+        )  # fmt: skip
+        run.seq += 1
+        if finish is None:
+            run.told[event.sample] = place + 1
+        else:
+            del run.told[event.sample]
 
 
 def _silent(run: _Run) -> Iterable[wire.Token]:

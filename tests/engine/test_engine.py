@@ -201,9 +201,9 @@ def test_an_answer_can_be_asked_for_at_once(model: Transformer) -> None:
     engine = make_engine(model)
     params = SamplingParams(max_tokens=20, seed=0, logit_bias={91: -100, EOS: -100})
     number = engine.add(Request(prompts(1)[0], params, in_thought=True, thought=tags))
-    written = [event.id for _ in range(5) for event in engine.step()]
+    written = [id for _ in range(5) for event in engine.step() for id in event.ids]
     engine.answer_now(number)
-    written += [event.id for event in engine.step()]
+    written += [id for event in engine.step() for id in event.ids]
     assert len(written) == 6 and written[-1] == 91
 
 

@@ -130,6 +130,27 @@ def test_blocks_of_a_single_token_give_the_plain_models_logits(case: str) -> Non
 
 
 @native
+@pytest.mark.skipif(not kernels.load() or not torch.ops.sputnik.bf16_dot(), reason="this CPU multiplies no bf16 pairs")
+@pytest.mark.parametrize("size", [1, 4, 5])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_attention_by_bf16_pairs_is_that_of_single_numbers(
+    case: str, size: int, request: pytest.FixtureRequest
+) -> None:
+    """The same bf16 cache, queries and weights rounded or not. Somewhere that may change an expert."""
+    model, texts = make_model(CASES[case]), some_texts((3, 18, 40))
+    request.addfinalizer(lambda: torch.ops.sputnik.set_bf16_dot(True))
+    found = []
+    for dot in (False, True):
+        torch.ops.sputnik.set_bf16_dot(dot)
+        program = Program(NativeRunner(model, 256, size, "bf16", "fp32", False), texts, seed=1, longest=8)
+        program.blocks = [[64 * s + n for n in range(-(-len(text) // size))] for s, text in enumerate(texts)]
+        found.append(torch.cat(program.run()))
+    apart = (found[0] - found[1]).abs() / found[0].std()
+    assert 0 < apart.mean() < 0.01 and apart.quantile(0.98) < 0.05
+
+
+@native
 def test_a_batch_outside_of_its_blocks_is_refused() -> None:
     runner = NativeRunner(make_model(GQA), 64, 4, "fp32", "fp32", False)
     with pytest.raises(RuntimeError, match="position 4 of 4"):

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace sputnik {
@@ -73,8 +75,25 @@ template <class T>
 struct Pages {
   const T* rows;
   const int32_t* table;
-  int64_t size, width, parts;  // tokens of a block, values of a token in one part, parts
+  int64_t size, width, parts, most;  // tokens of a block, values of a token in one part, parts, length of the table
   const T* at(int64_t block, int64_t part) const { return rows + (table[block] * parts + part) * size * width; }
+};
+
+// Where to fetch from while block `block` of `blocks` is worked on: three further, then in the sequence that comes next. Blocks
+// lie anywhere, so the hardware does not see what follows.
+template <class T>
+const char* fetched(const Pages<T>& pages, const Pages<T>& next, int64_t block, int64_t blocks, int64_t part) {
+  const int64_t ahead = block + 3;
+  return reinterpret_cast<const char*>(ahead < blocks ? pages.at(ahead, part) : next.at(std::min(ahead - blocks, next.most - 1), part));
+}
+
+inline void fetch_four(const char* block, int64_t token, int64_t bytes) {
+  for (int64_t byte = 0; byte < 4 * bytes; byte += 64) _mm_prefetch(block + token * bytes + byte, _MM_HINT_T0);
+}
+
+struct PagedScratch {
+  std::vector<float> scores;
+  std::vector<uint16_t> halves;
 };
 
 // Four registers summed up, each to one number.
@@ -88,20 +107,21 @@ inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
 }
 
 // R query heads (rows of `query`, `stride` apart) against the first `length` tokens: keys are the first `key` values of
-// part `key_part`, values the first `value` of `value_part`. out rows are `out_stride` apart. `p` is scratch.
+// part `key_part`, values the first `value` of `value_part`. out rows are `out_stride` apart. `scratch` is kept
+// between calls; `next` is the sequence after this one.
 template <int R, class T>
 void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int64_t length, int64_t key_part, int64_t key,
-                  int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, std::vector<float>& p) {
+                  int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Pages<T>& next) {
+  std::vector<float>& p = scratch.scores;
   // Scores are stored four at a time: past a block's end by up to three, also where a block is a single token.
   const int64_t size = pages.size, padded = (length + std::max<int64_t>(size, 4) + 15) / 16 * 16;
   if (static_cast<int64_t>(p.size()) < R * padded) p.resize(R * padded);
   for (int64_t start = 0; start < length; start += size) {
     const T* rows = pages.at(start / size, key_part);
     const int64_t count = std::min(size, length - start);
-    const char* ahead = reinterpret_cast<const char*>(start + size < length ? pages.at(start / size + 1, key_part) : rows);
+    const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, key_part);
     for (int64_t t = 0; t < count; t += 4) {
-      for (int64_t byte = 0; byte < 4 * pages.width * static_cast<int64_t>(sizeof(T)); byte += 64)
-        _mm_prefetch(ahead + t * pages.width * static_cast<int64_t>(sizeof(T)) + byte, _MM_HINT_T0);
+      fetch_four(ahead, t, pages.width * static_cast<int64_t>(sizeof(T)));
       const T* row[4];
       for (int64_t j = 0; j < 4; ++j) row[j] = rows + std::min(t + j, count - 1) * pages.width;
       __m512 sum[R][4] = {};
@@ -154,17 +174,120 @@ void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int
   }
 }
 
+#ifdef __AVX512BF16__
+inline __mmask32 halves(int64_t left) { return left >= 32 ? 0xffffffff : (1u << std::max<int64_t>(left, 0)) - 1; }
+
+// The same with products of bf16 pairs, two to a lane: queries and weights are rounded to bf16, sums stay fp32. The
+// weights are divided by the sum of what they were rounded to.
+template <int R>
+void attend_heads_dot(const float* query, int64_t stride, const Pages<uint16_t>& pages, int64_t length, int64_t key_part, int64_t key,
+                      int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Pages<uint16_t>& next) {
+  const int64_t size = pages.size, padded = (length + std::max<int64_t>(size, 4) + 15) / 16 * 16, wide = (key + 31) / 32 * 32;
+  if (static_cast<int64_t>(scratch.scores.size()) < R * padded) scratch.scores.resize(R * padded);
+  if (static_cast<int64_t>(scratch.halves.size()) < R * (padded + wide)) scratch.halves.resize(R * (padded + wide));
+  float* scores = scratch.scores.data();
+  uint16_t *weights = scratch.halves.data(), *queries = weights + R * padded;
+  for (int r = 0; r < R; ++r)
+    for (int64_t i = 0; i < wide; i += 32) {
+      const float* from = query + r * stride + i;
+      const __m512 low = load(from, lanes(key - i)), high = key - i > 16 ? load(from + 16, lanes(key - i - 16)) : _mm512_setzero_ps();
+      _mm512_storeu_si512(queries + r * wide + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  for (int64_t start = 0; start < length; start += size) {
+    const uint16_t* rows = pages.at(start / size, key_part);
+    const int64_t count = std::min(size, length - start);
+    const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, key_part);
+    for (int64_t t = 0; t < count; t += 4) {
+      fetch_four(ahead, t, 2 * pages.width);
+      const uint16_t* row[4];
+      for (int64_t j = 0; j < 4; ++j) row[j] = rows + std::min(t + j, count - 1) * pages.width;
+      __m512 sum[R][4] = {};
+      for (int64_t i = 0; i < key; i += 32) {
+        __m512bh q[R];
+        for (int r = 0; r < R; ++r) q[r] = (__m512bh)_mm512_loadu_si512(queries + r * wide + i);
+        for (int j = 0; j < 4; ++j) {
+          const auto k = (__m512bh)_mm512_maskz_loadu_epi16(halves(key - i), row[j] + i);
+          for (int r = 0; r < R; ++r) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], q[r], k);
+        }
+      }
+      for (int r = 0; r < R; ++r)
+        _mm_storeu_ps(scores + r * padded + start + t, _mm_mul_ps(sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]), _mm_set1_ps(scale)));
+    }
+  }
+  float inverse[R];
+  for (int r = 0; r < R; ++r) {
+    float* s = scores + r * padded;
+    std::fill(s + length, s + padded, -INFINITY);
+    __m512 top = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int64_t t = 0; t < length; t += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(s + t));
+    const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(top));
+    for (int64_t t = 0; t < padded; t += 16) {
+      const __m512 e = _mm512_maskz_mov_ps(lanes(std::max<int64_t>(length - t, 0)), exp16(_mm512_sub_ps(_mm512_loadu_ps(s + t), most)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + r * padded + t), (__m256i)_mm512_cvtneps_pbh(e));
+      total = _mm512_add_ps(total, load(weights + r * padded + t, 0xffff));
+    }
+    inverse[r] = 1 / _mm512_reduce_add_ps(total);
+  }
+  const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  for (int64_t i = 0; i < value; i += 64) {  // 64 values of each head at a time, two tokens at once
+    const int parts = value - i > 32 ? 2 : 1;
+    __m512 low[R][2] = {}, high[R][2] = {};
+    for (int64_t start = 0; start < length; start += size) {
+      const uint16_t* rows = pages.at(start / size, value_part) + i;
+      const int64_t count = std::min(size, length - start);
+      for (int64_t t = 0; t < count; t += 2) {
+        const uint16_t *a = rows + t * pages.width, *b = t + 1 < count ? a + pages.width : a;
+        const uint32_t known = t + 1 < count ? 0xffffffff : 0xffff;
+        __m512bh pair[R];
+        for (int r = 0; r < R; ++r) {
+          uint32_t both;
+          std::memcpy(&both, weights + r * padded + start + t, 4);
+          pair[r] = (__m512bh)_mm512_set1_epi32(static_cast<int>(both & known));
+        }
+        for (int j = 0; j < parts; ++j) {
+          const __mmask32 mask = halves(value - i - j * 32);
+          const __m512i va = _mm512_maskz_loadu_epi16(mask, a + j * 32), vb = _mm512_maskz_loadu_epi16(mask, b + j * 32);
+          const auto lo = (__m512bh)_mm512_unpacklo_epi16(va, vb), hi = (__m512bh)_mm512_unpackhi_epi16(va, vb);
+          for (int r = 0; r < R; ++r) {
+            low[r][j] = _mm512_dpbf16_ps(low[r][j], lo, pair[r]);
+            high[r][j] = _mm512_dpbf16_ps(high[r][j], hi, pair[r]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < parts; ++j) {
+        const int64_t from = i + j * 32;
+        const __m512 by = _mm512_set1_ps(inverse[r]);
+        const __m512 a = _mm512_permutex2var_ps(low[r][j], first, high[r][j]), b = _mm512_permutex2var_ps(low[r][j], second, high[r][j]);
+        _mm512_mask_storeu_ps(out + r * out_stride + from, lanes(value - from), _mm512_mul_ps(a, by));
+        if (value - from > 16) _mm512_mask_storeu_ps(out + r * out_stride + from + 16, lanes(value - from - 16), _mm512_mul_ps(b, by));
+      }
+  }
+}
+#endif
+
+// `dot`: with the bf16 dot product, if the cache is bf16.
 template <class T>
-void attend(int64_t heads, const float* query, int64_t stride, const Pages<T>& pages, int64_t length, int64_t key_part, int64_t key,
-            int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, std::vector<float>& p) {
+void attend(bool dot, int64_t heads, const float* query, int64_t stride, const Pages<T>& pages, int64_t length, int64_t key_part, int64_t key,
+            int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Pages<T>& next) {
   for (int64_t h = 0; h < heads; h += 4) {
-    const float* q = query + h * stride;
-    float* o = out + h * out_stride;
+    const auto some = [&](auto count) {
+      constexpr int R = decltype(count)::value;
+      const float* q = query + h * stride;
+      float* o = out + h * out_stride;
+#ifdef __AVX512BF16__
+      if constexpr (std::is_same_v<T, uint16_t>)
+        if (dot) return attend_heads_dot<R>(q, stride, pages, length, key_part, key, value_part, value, scale, o, out_stride, scratch, next);
+#endif
+      attend_heads<R>(q, stride, pages, length, key_part, key, value_part, value, scale, o, out_stride, scratch, next);
+    };
     switch (std::min<int64_t>(4, heads - h)) {
-      case 1: attend_heads<1>(q, stride, pages, length, key_part, key, value_part, value, scale, o, out_stride, p); break;
-      case 2: attend_heads<2>(q, stride, pages, length, key_part, key, value_part, value, scale, o, out_stride, p); break;
-      case 3: attend_heads<3>(q, stride, pages, length, key_part, key, value_part, value, scale, o, out_stride, p); break;
-      default: attend_heads<4>(q, stride, pages, length, key_part, key, value_part, value, scale, o, out_stride, p);
+      case 1: some(std::integral_constant<int, 1>()); break;
+      case 2: some(std::integral_constant<int, 2>()); break;
+      case 3: some(std::integral_constant<int, 3>()); break;
+      default: some(std::integral_constant<int, 4>());
     }
   }
 }

@@ -1,5 +1,7 @@
 #include "packed.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -11,6 +13,15 @@ Format parse_format(const std::string& name) {
   if (name == "int8") return Format::q8;
   TORCH_CHECK(name == "int4", "weight format must be fp32, bf16, int8 or int4, not ", name);
   return Format::q4;
+}
+
+at::Tensor huge_zeros(at::IntArrayRef sizes, at::ScalarType type) {
+  constexpr uintptr_t PAGE = 1 << 21;
+  at::Tensor out = at::empty(sizes, type);
+  const auto start = reinterpret_cast<uintptr_t>(out.data_ptr());
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = (start + out.nbytes()) / PAGE * PAGE;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: no harm in a no
+  return out.zero_();
 }
 
 // --- packing ---------------------------------------------------------------------------------------------------------
@@ -59,7 +70,7 @@ Packed pack(const at::Tensor& weight, Format format) {
   if (format == Format::bf16 && out.k % 2 != 0) format = Format::f32;
   out.format = format;
   const int64_t k = out.k;
-  out.data = at::zeros({out.units() * out.unit_bytes()}, at::kByte);
+  out.data = huge_zeros({out.units() * out.unit_bytes()}, at::kByte);
   const at::Tensor source = weight.detach().to(at::kFloat).contiguous();
   const float* w = source.data_ptr<float>();
   tasks(out.units(), [&](int64_t unit) {
@@ -341,7 +352,8 @@ void unit_product(const Rows& rows, int64_t first, int64_t m, const Packed& w, i
 
 void product(const float* x, int64_t m, int64_t ldx, const Packed& w, float* y, int64_t ldy) {
   if (m == 0) return;
-  Rows rows;
+  static thread_local Rows kept;
+  Rows& rows = kept;  // other threads read those of this one
   prepare(rows, x, m, w.k, ldx, w.format);
   const int64_t runs = std::min<int64_t>(w.units(), 8 * at::get_num_threads());  // neighbours in memory to one thread
   tasks(runs, [&](int64_t run) {

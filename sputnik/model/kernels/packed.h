@@ -49,6 +49,9 @@ struct Rows {
   std::vector<uint32_t> pairs;  // bf16 pairs, for the bf16 dot product
 };
 
+// Zeros in pages of 2 MB, where the system has them: what is read as a whole in each step costs fewer page walks.
+at::Tensor huge_zeros(at::IntArrayRef sizes, at::ScalarType type);
+
 Packed pack(const at::Tensor& weight, Format format);
 Format parse_format(const std::string& name);
 // Whether this CPU multiplies bf16 pairs faster than fp32: AMD's cores four times, Intel's (without AMX) half as fast.

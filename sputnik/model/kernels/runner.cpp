@@ -36,6 +36,20 @@ void store_row(T* to, const float* from, int64_t n) {
   }
 }
 
+// f(task, the next one) for each of n, eight neighbours to a thread, so that what comes next is known.
+template <class F>
+void in_runs(int64_t n, const F& f) {
+  const int64_t run = std::clamp<int64_t>(n / (4 * at::get_num_threads()), 1, 8);
+  tasks((n + run - 1) / run, [&](int64_t r) {
+    for (int64_t task = r * run; task < std::min(n, (r + 1) * run); ++task) f(task, std::min(n - 1, task + 1));
+  });
+}
+
+PagedScratch& paged_scratch() {
+  thread_local PagedScratch kept;
+  return kept;
+}
+
 template <class F>
 void by_type(const at::Tensor& cache, const F& f) {
   if (cache.scalar_type() == at::kFloat) f(cache.data_ptr<float>());
@@ -163,11 +177,13 @@ at::Tensor Runner::ahead(int64_t index, const at::Tensor& next, const c10::optio
   return normed_rows(x, wanted, m.norm);
 }
 
-at::Tensor Runner::logits(const at::Tensor& hidden) {
+at::Tensor Runner::logits(const at::Tensor& hidden, bool keep) {
   const at::Tensor rows = hidden.contiguous();
-  at::Tensor out = at::empty({hidden.size(0), head.n}, at::kFloat);
-  product(rows.data_ptr<float>(), hidden.size(0), shape.hidden, head, out.data_ptr<float>(), head.n);
-  return out;
+  const int64_t count = rows.size(0);
+  at::Tensor out = keep || !last_logits.defined() || last_logits.size(0) < count ? at::empty({count, head.n}, at::kFloat) : last_logits;
+  if (!keep) last_logits = out;
+  product(rows.data_ptr<float>(), count, shape.hidden, head, out.data_ptr<float>(), head.n);
+  return out.narrow(0, 0, count);
 }
 
 void Runner::run(int64_t index, float* x, const Batch& b) {
@@ -273,16 +289,15 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
   const at::Tensor& cache = caches[index];
   const int64_t n = to - from, h = shape.heads, w = shape.cache_width(), size = cache.size(1);
   const auto scale = static_cast<float>(shape.scale);
+  const bool dot = use_bf16_dot();
   if (!shape.latent) {
     const int64_t hd = shape.width, group = h / shape.key_heads;
     by_type(cache, [&](auto* pages) {
-      using T = std::remove_pointer_t<decltype(pages)>;
-      tasks(n * shape.key_heads, [&](int64_t task) {
-        thread_local std::vector<float> p;
+      in_runs(n * shape.key_heads, [&](int64_t task, int64_t following) {
         const int64_t i = from + task / shape.key_heads, g = task % shape.key_heads;
-        const Pages<T> mine{pages, b.tables + b.sequence[i] * b.table_width, size, hd, shape.parts()};
-        attend(group, query.data() + (i * h + g * group) * hd, hd, mine, b.positions[i] + 1, g, hd, shape.key_heads + g, hd,
-               scale, attended.data() + (i * h + g * group) * hd, hd, p);
+        const auto of = [&](int64_t token) { return Pages{pages, b.table(token), size, hd, shape.parts(), b.table_width}; };
+        attend(dot, group, query.data() + (i * h + g * group) * hd, hd, of(i), b.positions[i] + 1, g, hd, shape.key_heads + g, hd,
+               scale, attended.data() + (i * h + g * group) * hd, hd, paged_scratch(), of(from + following / shape.key_heads));
       });
     });
     return;
@@ -301,12 +316,11 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
   });
   const int64_t share = n >= at::get_num_threads() ? h : std::min<int64_t>(h, 4), shares = (h + share - 1) / share;
   by_type(cache, [&](auto* pages) {
-    using T = std::remove_pointer_t<decltype(pages)>;
-    tasks(n * shares, [&](int64_t task) {
-      thread_local std::vector<float> p;
+    in_runs(n * shares, [&](int64_t task, int64_t following) {
       const int64_t i = task / shares, j = task % shares * share;
-      const Pages<T> mine{pages, b.tables + b.sequence[from + i] * b.table_width, size, w, 1};
-      attend(std::min(share, h - j), latent + (i * h + j) * w, w, mine, b.positions[from + i] + 1, 0, w, 0, c, scale, seen + (i * h + j) * c, c, p);
+      const auto of = [&](int64_t token) { return Pages{pages, b.table(from + token), size, w, int64_t{1}, b.table_width}; };
+      attend(dot, std::min(share, h - j), latent + (i * h + j) * w, w, of(i), b.positions[from + i] + 1, 0, w, 0, c, scale,
+             seen + (i * h + j) * c, c, paged_scratch(), of(following / shares));
     });
   });
   tasks(h, [&](int64_t j) {
@@ -458,6 +472,7 @@ TORCH_LIBRARY(sputnik, m) {
       .def("logits", &Runner::logits)
       .def("residual", [](const c10::intrusive_ptr<Runner>& self) { return self->residual; })
       .def("routes", [](const c10::intrusive_ptr<Runner>& self) { return self->routes; });
+  m.def("huge_zeros(int[] sizes, ScalarType dtype) -> Tensor", [](at::IntArrayRef sizes, at::ScalarType dtype) { return sputnik::huge_zeros(sizes, dtype); });
   m.def("bf16_dot() -> bool", [] { return sputnik::use_bf16_dot(); });
   m.def("set_bf16_dot(bool on) -> ()", [](bool on) { sputnik::set_bf16_dot(on); });
   m.def("product(Tensor x, Tensor weight, str format) -> Tensor", [](const at::Tensor& x, const at::Tensor& weight, const std::string& format) {

@@ -45,6 +45,7 @@ struct Batch {
   const int32_t* tables;
   int64_t table_width;
   std::vector<int32_t> sequence;  // of each token
+  const int32_t* table(int64_t token) const { return tables + sequence[token] * table_width; }
 };
 
 struct Runner : torch::CustomClassHolder {
@@ -62,13 +63,14 @@ struct Runner : torch::CustomClassHolder {
   // the module before, or nothing for those of the last `forward`. (R, D) normed states of `wanted`: two tokens ahead.
   at::Tensor ahead(int64_t index, const at::Tensor& next, const c10::optional<at::Tensor>& hidden, const at::Tensor& positions,
                    const at::Tensor& starts, const at::Tensor& tables, const at::Tensor& wanted);
-  at::Tensor logits(const at::Tensor& hidden);  // (R, D) -> (R, V) fp32
+  // (R, D) -> (R, V) fp32; not to keep: the next such call writes over them. Fresh pages cost more than the product.
+  at::Tensor logits(const at::Tensor& hidden, bool keep);
   at::Tensor residual, routes;                  // of the last forward: stream before the final norm (N, D); (moe layers, N, K)
 
   Shape shape;
   int64_t main_layers = 0;
   Format format;
-  at::Tensor rope_table, embedding, final_norm;
+  at::Tensor rope_table, embedding, final_norm, last_logits;
   Packed head;
   std::vector<Layer> layers;
   std::vector<Module> modules;
