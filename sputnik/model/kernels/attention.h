@@ -79,11 +79,11 @@ struct Pages {
   const T* at(int64_t block, int64_t part) const { return rows + (table[block] * parts + part) * size * width; }
 };
 
-// Where to fetch from while block `block` of `blocks` is worked on: three further, then in the sequence that comes next. Blocks
+// Where to fetch from while block `block` of `blocks` is worked on: six further, then in the sequence that comes next. Blocks
 // lie anywhere, so the hardware does not see what follows.
 template <class T>
 const char* fetched(const Pages<T>& pages, const Pages<T>& next, int64_t block, int64_t blocks, int64_t part) {
-  const int64_t ahead = block + 3;
+  const int64_t ahead = block + 6;
   return reinterpret_cast<const char*>(ahead < blocks ? pages.at(ahead, part) : next.at(std::min(ahead - blocks, next.most - 1), part));
 }
 
@@ -152,6 +152,7 @@ void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int
     }
     inverse[r] = 1 / _mm512_reduce_add_ps(total);
   }
+  const bool apart = value_part != key_part;  // else they have just been read
   for (int64_t i = 0; i < value; i += 64) {  // 64 values of each head at a time stay in registers
     __m512 acc[R][4] = {};
     __mmask16 mask[4];
@@ -159,7 +160,9 @@ void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int
     for (int64_t start = 0; start < length; start += size) {
       const T* rows = pages.at(start / size, value_part) + i;
       const int64_t count = std::min(size, length - start);
+      const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, value_part);
       for (int64_t t = 0; t < count; ++t) {
+        if (apart && t % 4 == 0) fetch_four(ahead, t, pages.width * static_cast<int64_t>(sizeof(T)));
         __m512 v[4];
         for (int j = 0; j < 4; ++j) v[j] = load(rows + t * pages.width + j * 16, mask[j]);
         for (int r = 0; r < R; ++r) {
@@ -230,13 +233,16 @@ void attend_heads_dot(const float* query, int64_t stride, const Pages<uint16_t>&
   }
   const __m512i first = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const bool apart = value_part != key_part;  // else they have just been read
   for (int64_t i = 0; i < value; i += 64) {  // 64 values of each head at a time, two tokens at once
     const int parts = value - i > 32 ? 2 : 1;
     __m512 low[R][2] = {}, high[R][2] = {};
     for (int64_t start = 0; start < length; start += size) {
       const uint16_t* rows = pages.at(start / size, value_part) + i;
       const int64_t count = std::min(size, length - start);
+      const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, value_part);
       for (int64_t t = 0; t < count; t += 2) {
+        if (apart && t % 4 == 0) fetch_four(ahead, t, 2 * pages.width);
         const uint16_t *a = rows + t * pages.width, *b = t + 1 < count ? a + pages.width : a;
         const uint32_t known = t + 1 < count ? 0xffffffff : 0xffff;
         __m512bh pair[R];
