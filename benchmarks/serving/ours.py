@@ -1,6 +1,8 @@
 """The rows of benchmarks/serve.py that compare us with ourselves: prefix reuse, rollouts, memory, speculation."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from benchmarks.serving.files import CONFIGS, Files
 from benchmarks.serving.measure import BOUNDS, Bench, Row, summary, verdict
@@ -14,6 +16,8 @@ REQUESTS = 10_000
 MAX_GROWTH = 4 * 2**20
 """Bytes: half a kilobyte for each of the 8,000 requests between the two readings."""
 MTP_PROMPTS = 32
+MTP_TASK: dict[str, Any] = {"non_negative": True, "terms": (6, 12)}
+"""What recipes/deep.toml's model has read: sums worked out at length, as a reasoning model answers."""
 
 
 def prefix(bench: Bench, files: Files) -> Row:
@@ -70,16 +74,16 @@ def mtp(bench: Bench, files: Files, model: Path | None) -> Row:
     """Tokens a second with speculation against without, one request at a time, on questions of the model's own kind."""
     if model is None:
         raise Absent("no model: give --mtp FOLDER, a model trained here with its prediction module")
-    prompts = _questions(model)
+    prompts, guesses = _questions(model), json.loads((model / "config.json").read_text())["num_nextn_predict_layers"]
     with (
-        files.open("ours", str(model), "bf16", 1, guesses=1) as fast,
+        files.open("ours", str(model), "bf16", 1, guesses=guesses) as fast,
         files.open("ours", str(model), "bf16", 1) as slow,
     ):
         rates: dict[Side, list[float]] = {fast: [], slow: []}
         for number in range(bench.rounds + 1):
             answers = []
             for side in (fast, slow) if number % 2 else (slow, fast):
-                seconds, ids = side.ask("answer", prompts=prompts, most=128)
+                seconds, ids = side.ask("answer", prompts=prompts, most=256)
                 rates[side].append(sum(map(len, ids)) / seconds)
                 answers.append(ids)
             if answers[0] != answers[1]:
@@ -88,7 +92,7 @@ def mtp(bench: Bench, files: Files, model: Path | None) -> Row:
         acceptance = fast.ask("acceptance")[1]
     row = summary(rates[fast][1:], rates[slow][1:])
     outputs = f"{len(prompts)} greedy answers equal, with and without speculation"
-    return row | {"acceptance": round(acceptance, 3), "acceptance_goal": 0.8, "outputs": outputs}
+    return row | {"guesses": guesses, "acceptance": round(acceptance, 3), "acceptance_goal": 0.8, "outputs": outputs}
 
 
 def _questions(model: Path) -> list[list[int]]:
@@ -97,5 +101,5 @@ def _questions(model: Path) -> list[list[int]]:
     from sputnik.text.tokenizer import Tokenizer
 
     tok = Tokenizer.load(model)
-    problems = load_task("arithmetic").problems("test", MTP_PROMPTS)
+    problems = load_task("arithmetic", MTP_TASK).problems("test", MTP_PROMPTS)
     return [list(render(tok, [{"role": "user", "content": problem.prompt}]).ids) for problem in problems]

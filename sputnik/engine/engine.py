@@ -29,8 +29,9 @@ from sputnik.engine.sample import Event, Request, Sample, masks_of
 from sputnik.engine.sampling import Drawn, Row, SamplingBatch, sample, score
 from sputnik.engine.scheduler import Scheduler
 from sputnik.engine.sequence import Limits, Work
+from sputnik.engine.sequence import Sequence as Tracked
 from sputnik.engine.speculate import Speculation
-from sputnik.engine.stride import STRIDE, may_stride, stride
+from sputnik.engine.stride import STRIDE, Stride, may_stride
 from sputnik.engine.thinking import Finish
 from sputnik.errors import ConfigError, DataError
 from sputnik.hardware import resolve_precision
@@ -68,8 +69,6 @@ class Engine:
         self._batch: SamplingBatch | None = None
         self._scoring = False
         """Whether any request ever asked for the log-probabilities of its prompt."""
-        self._last: float | None = None
-        self._guessed = False
 
     # --- requests ---
 
@@ -154,9 +153,9 @@ class Engine:
         if not plan.works:
             self.metrics.finished += len(events)
             return events
-        steps = self._free_steps(plan.works, most)
-        if steps > 1:
-            return events + self._stride(plan.works, steps, started)
+        guesses = self._may_stride(plan.works, most)
+        if guesses is not None:
+            return events + self._stride(plan.works, most, guesses, started)
         batch, wanted = self._flat(plan.works)
         hidden = self.runner.forward(batch)
         if self.config.record_routes:
@@ -174,23 +173,29 @@ class Engine:
         self.metrics.step(self.clock() - started, len(batch.ids), context, events, self.clock())
         return events
 
-    def _free_steps(self, works: Sequence[Work], most: int) -> int:
-        """Steps until somebody must be asked what comes next; 1: this is an ordinary one."""
-        if most == 1 or self._scoring or self.speculation is not None or self.device.type != "cpu":
-            return 1
-        if not may_stride(works, [self._samples[work.sequence.id] for work in works]):
-            return 1
-        return self.scheduler.reserve(works, most)
+    def _may_stride(self, works: Sequence[Work], most: int) -> int | None:
+        """Guesses of each sequence in a stride; None: somebody must be asked what comes next, so an ordinary step."""
+        if most == 1 or self._scoring or self.device.type != "cpu":
+            return None
+        guesses, speculation = works[0].sequence.drafts, self.speculation
+        if speculation is not None and guesses < speculation.most and (guesses or speculation.guessing):
+            return None
+        if not may_stride(works, [self._samples[work.sequence.id] for work in works], guesses):
+            return None
+        return guesses if self.scheduler.reserve(works, most + guesses) else None
 
-    def _stride(self, works: Sequence[Work], steps: int, started: float) -> list[Event]:
+    def _stride(self, works: Sequence[Work], most: int, guesses: int, started: float) -> list[Event]:
         """Some steps at once (stride.py)."""
-        rows, events = [self._samples[work.sequence.id] for work in works], list[Event]()
+        rows, size = [self._samples[work.sequence.id] for work in works], 1 + guesses
+        events, guessed = list[Event](), list[tuple[Tracked, list[int]]]()
         batch, _ = self._flat(works)
-        drawn = stride(self.runner, batch, self._sampling(rows), rows, steps, self.config.record_routes)
+        speculation = self.speculation if guesses else None
+        draws = self._sampling([each for each in rows for _ in range(size)])
+        drawn = Stride(self.runner, batch, draws, rows, speculation, self.config.record_routes).run(most // size)
         for row, (work, each) in enumerate(zip(works, rows, strict=True)):
             ids, failed = drawn.tokens[row], drawn.failed[row]
             if drawn.routes is not None:
-                each.keep_routes(work.start, drawn.routes[: len(ids), row])
+                each.keep_routes(work.start, drawn.routes[row])
             ids = ids[:-1] if failed else ids
             logprobs: list[float] | list[None] = [None] * len(ids) if drawn.logprobs is None else drawn.logprobs[row]
             kept, finish = each.take_all(ids, logprobs)
@@ -199,8 +204,14 @@ class Engine:
                 finish = "failed"
             event = Event(each.request, each.index, kept, None, each)
             events.append(event if finish is None else self._finish(each, finish, kept))
-        now = self.clock()
-        self.metrics.step(now - started, drawn.steps * len(rows), drawn.context, events, now, drawn.steps)
+            if finish is None and len(kept) == len(ids) and each.forced() is None:
+                guessed.append((work.sequence, drawn.guesses[row]))
+        now, computed = self.clock(), drawn.steps * len(rows) * size
+        self.metrics.step(now - started, computed, drawn.context, events, now, drawn.steps)
+        brought = sum(len(event.ids) for event in events)
+        if self.speculation is not None and self.speculation.decide(len(rows), brought, now, drawn.steps):
+            for sequence, own in guessed:
+                self.scheduler.draft(sequence, own)
         return events
 
     def _record(self, works: Sequence[Work]) -> None:
@@ -314,16 +325,10 @@ class Engine:
 
     def _guess(self, speculation: Speculation, batch: FlatBatch, works: Sequence[Work], drawn: int) -> None:
         """Guess what comes next, for the next step to check; nothing where it has been measured not to pay."""
-        pays = speculation.pays
-        decoding = all(work.count <= 1 + speculation.most for work in works)
-        if pays is not None:
-            now = self.clock()
-            if decoding and self._last is not None:
-                pays.learn(len(works), self._guessed, drawn, now - self._last)
-            self._last = now if decoding else None
-            self._guessed = pays.now(len(works)) if decoding else True
-            if not self._guessed:
-                return
+        if any(work.count > 1 + speculation.most for work in works):
+            speculation.interrupted()
+        elif not speculation.decide(len(works), drawn, self.clock()):
+            return
         wanting = [self._may_guess(work) for work in works]
         for work, guesses in zip(works, speculation.propose(batch, works, wanting), strict=True):
             if guesses:

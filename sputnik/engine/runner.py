@@ -106,6 +106,17 @@ class NativeRunner:
     def head(self, hidden: Tensor, keep: bool = True) -> Tensor:
         return self.native.logits(hidden, keep)
 
+    @torch.no_grad()
+    def stride(
+        self, batch: FlatBatch, rows: tuple[Tensor, Tensor, Tensor], draws: Sequence[Tensor], scored: bool,
+        record: bool, steps: int, idle: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Several decoding steps at once, for `stride.py`; the batch's ids and positions are (R, T)."""
+        self._reach(batch)
+        return self.native.stride(
+            batch.ids, batch.positions, batch.starts, batch.tables, *rows, list(draws), scored, record, steps, idle
+        )
+
     def routes(self) -> Tensor | None:
         return self.native.routes() if self.model.config.n_routed_experts else None
 

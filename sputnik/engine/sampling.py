@@ -125,6 +125,13 @@ class SamplingBatch:
     def penalised(self) -> bool:
         return self._penalties is not None
 
+    @property
+    def native(self) -> list[Tensor] | None:
+        """What `sputnik::choose` needs besides logits and positions; None where it is not all there is to a draw."""
+        if self._native is None or len(self.edited) or self.top:
+            return None
+        return [self._streams, self.temperature, self._native.greedy, *self._native.cuts]
+
     def observe(self, tokens: Tensor) -> None:
         """Count the tokens (R,) that the rows were really given."""
         if self._penalties is not None:

@@ -113,21 +113,23 @@ class Scheduler:
         if computed >= (sequence.registered + 1) * self.pool.size:
             self._tables.register(sequence)
 
-    def reserve(self, works: Tokens[Work], steps: int) -> int:
-        """Blocks for `steps` tokens of each sequence that decodes, if nobody has to give any back for it: the number of
-        tokens that may be computed before `strode`, `steps` or 1."""
-        ends = [min(work.start + steps, work.sequence.max_length) for work in works]
+    def reserve(self, works: Tokens[Work], tokens: int) -> bool:
+        """Blocks for so many tokens of each sequence that decodes, if nobody has to give any back for it; they may be
+        computed before `strode`."""
+        ends = [min(work.start + tokens, work.sequence.max_length) for work in works]
         missing = [self._tables.needed(end) - len(work.sequence.blocks) for work, end in zip(works, ends, strict=True)]
         if sum(count for count in missing if count > 0) > self._spare:
-            return 1
+            return False
         for work, count in zip(works, missing, strict=True):
             if count > 0:
                 self._tables.extend(work.sequence, count)
-        return steps
+        return True
 
     def strode(self, work: Work, tokens: Tokens[int]) -> None:
-        """The runner has computed `work` and, of the `tokens` drawn one after another behind it, all but the last."""
+        """The runner has computed `work` and, of the `tokens` drawn one after another behind it, all but the last.
+        Drafts are settled: those that were right are among the tokens."""
         sequence = work.sequence
+        self._drop_drafts(sequence, sequence.drafts)
         if work.start + 1 != len(sequence.tokens) or len(sequence.tokens) + len(tokens) > sequence.max_length:
             raise RuntimeError(f"sequence {sequence.id} takes no {len(tokens)} tokens after {work.start}")
         sequence.tokens.extend(tokens)

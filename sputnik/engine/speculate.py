@@ -33,17 +33,17 @@ class Pays:
         self._phase: dict[int, tuple[bool, int, bool]] = {}
         """Bucket -> guess?, steps left, whether this is the way found better rather than a trial."""
 
-    def now(self, rows: int) -> bool:
-        """Whether the next step of so many sequences should guess."""
+    def now(self, rows: int, steps: int = 1) -> bool:
+        """Whether the next step of so many sequences should guess; `steps` were taken since it was asked last."""
         bucket = rows.bit_length()
         on, left, settled = self._phase.get(bucket, (True, TRIAL, False))
-        if left == 0:
+        if left <= 0:
             rates = self._rates.get(bucket, {})
             if settled or len(rates) < 2:
                 on, left, settled = not on, TRIAL, False
             else:
                 on, left, settled = rates[True] > MARGIN * rates[False], REST, True
-        self._phase[bucket] = (on, left - 1, settled)
+        self._phase[bucket] = (on, left - steps, settled)
         return on
 
     def learn(self, rows: int, guessed: bool, tokens: int, seconds: float) -> None:
@@ -57,13 +57,34 @@ class Speculation:
         """`most` guesses per sequence and step; `adaptive` False guesses always."""
         self.runner, self.modules, self.most = runner, modules, most
         self.pays = Pays() if adaptive else None
+        self.guessing = True
+        """Whether the sequences that decode are given guesses at present."""
+        self._last: float | None = None
         self.drafted, self.accepted = [0] * most, [0] * most
         """By position of the guess."""
 
     def judge(self, guesses: int, accepted: int) -> None:
-        for place in range(guesses):
-            self.drafted[place] += 1
-            self.accepted[place] += place < accepted
+        self.judged(1, [int(place < accepted) for place in range(guesses)])
+
+    def judged(self, rows: int, accepted: Sequence[int]) -> None:
+        """Of so many rows' guesses, how many were right at each position."""
+        for place, right in enumerate(accepted):
+            self.drafted[place] += rows
+            self.accepted[place] += right
+
+    def decide(self, rows: int, drawn: int, now: float, steps: int = 1) -> bool:
+        """Whether to guess next, after `steps` that only decoded `rows` sequences and brought `drawn` tokens."""
+        if self.pays is not None:
+            if self._last is not None:
+                self.pays.learn(rows, self.guessing, drawn, now - self._last)
+            guessed, self.guessing = self.guessing, self.pays.now(rows, steps)
+            # The step that begins to guess checks nothing yet, and tells nothing.
+            self._last = now if guessed or not self.guessing else None
+        return self.guessing
+
+    def interrupted(self) -> None:
+        """A step had prompts in it: its time says nothing of guessing."""
+        self._last, self.guessing = None, True
 
     def propose(self, batch: FlatBatch, works: Sequence[Work], wanting: Sequence[bool]) -> list[list[int]]:
         """Guesses for each work that is `wanting` (others: none); fills the modules' cache for all of them.
@@ -79,21 +100,30 @@ class Speculation:
                 chosen.append(index)
                 rows.append(starts[index] + len(work.sequence.tokens) - 2 - work.start)
         batch = replace(batch, wanted=torch.tensor(rows, dtype=torch.long))
-        hidden = self.runner.ahead(batch, torch.from_numpy(following))
         out: list[list[int]] = [[] for _ in works]
         if not chosen:
+            self.runner.ahead(batch, torch.from_numpy(following))
             return out
-        guesses = [self.runner.head(hidden, keep=False).argmax(dim=-1)]
-        tables, positions = batch.tables[chosen], batch.positions[batch.wanted]
         reach = torch.tensor([self._reach(works[index].sequence) for index in chosen])
+        tables, positions = batch.tables[chosen], batch.positions[batch.wanted]
+        guesses = self.guess(batch, torch.from_numpy(following), tables, positions, reach)
+        for index, own in zip(chosen, guesses.tolist(), strict=True):
+            out[index] = own
+        return out
+
+    def guess(
+        self, batch: FlatBatch, following: Tensor, tables: Tensor, positions: Tensor, reach: Tensor | None = None
+    ) -> Tensor:
+        """Guesses (R, G) for the wanted rows, which stand at `positions` (R,) of `tables` (R, blocks); `following` (N,)
+        are the tokens after the batch's. Fewer where a guess's own entry would lie beyond `reach` (R,)."""
+        hidden = self.runner.ahead(batch, following)
+        guesses = [self.runner.head(hidden, keep=False).argmax(dim=-1)]
         for depth in range(1, self.most):
-            if int((positions + depth - reach).max()) >= 0:  # no block for the entry of this guess yet
+            if reach is not None and int((positions + depth - reach).max()) >= 0:
                 break
             hidden = self._further(hidden, guesses[-1], tables, positions + depth, depth)
             guesses.append(self.runner.head(hidden, keep=False).argmax(dim=-1))
-        for index, own in zip(chosen, torch.stack(guesses, dim=1).tolist(), strict=True):
-            out[index] = own
-        return out
+        return torch.stack(guesses, dim=1)
 
     def _reach(self, sequence: Tracked) -> int:
         """Positions its blocks hold."""

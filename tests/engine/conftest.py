@@ -89,7 +89,8 @@ class PretendEngine:
     def strides(self, works: list[Work]) -> bool:
         """Several tokens at once, where the scheduler has blocks for them; false: an ordinary step is due."""
         plain = works and all(work.count == 1 and work.sequence.decoding for work in works)
-        steps = self.scheduler.reserve(works, self.stride) if plain and self.stride > 1 and not self.drafts else 1
+        wanted = plain and self.stride > 1 and not self.drafts
+        steps = self.stride if wanted and self.scheduler.reserve(works, self.stride) else 1
         written: dict[int, int] = {}
         for work in works if steps > 1 else ():
             sequence, drawn = work.sequence, list[int]()

@@ -391,6 +391,8 @@ def test_guessing_is_switched_off_where_it_does_not_pay() -> None:
         config = EngineConfig(cache_tokens=512, guesses=1, precision="fp32")
         engine = Engine(predicting(trained), (EOS,), config, clock=clock)
         text = [3 + (7 * i + i // 5) % 40 for i in range(30)]
-        engine.run([Request(text, SamplingParams(max_tokens=120, temperature=0, ignore_eos=True))])
+        engine.add(Request(text, SamplingParams(max_tokens=120, temperature=0, ignore_eos=True)))
+        while engine.busy:
+            engine.step()
         assert engine.speculation is not None
         assert (engine.speculation.drafted[0] > 30) == trained

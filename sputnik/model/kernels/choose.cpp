@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "choose.h"
 #include "packed.h"
 
 namespace sputnik {
@@ -124,8 +125,8 @@ int64_t draw(Weights& weights, const Cut& cut, uint64_t stream, uint64_t positio
   }
 }
 
-// -> tokens (R,), and of each its probability at the row's temperature before any cut (`scored`) or its logit; not finite
-// where the row's logits are not.
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> choose(const at::Tensor& logits, const at::Tensor& positions, const at::Tensor& streams, const at::Tensor& temperature,
                                           const at::Tensor& greedy, const at::Tensor& top_k, const at::Tensor& top_p, const at::Tensor& min_p, bool scored) {
   TORCH_CHECK(logits.scalar_type() == at::kFloat && logits.is_contiguous() && logits.dim() == 2 && logits.size(1) > 0, "choose: logits must be (R, V) fp32");
@@ -162,7 +163,13 @@ std::tuple<at::Tensor, at::Tensor> choose(const at::Tensor& logits, const at::Te
   return {tokens, values};
 }
 
-}  // namespace
+at::Tensor likeliest(const at::Tensor& logits) {
+  at::Tensor tokens = at::empty({logits.size(0)}, at::kLong);
+  const int64_t n = logits.size(1);
+  for (int64_t r = 0; r < logits.size(0); ++r) largest(logits.data_ptr<float>() + r * n, n, tokens.data_ptr<int64_t>()[r]);
+  return tokens;
+}
+
 }  // namespace sputnik
 
 TORCH_LIBRARY_FRAGMENT(sputnik, m) { m.def("choose", &sputnik::choose); }

@@ -470,6 +470,7 @@ TORCH_LIBRARY(sputnik, m) {
       .def("add_module", &Runner::add_module)
       .def("ahead", &Runner::ahead)
       .def("logits", &Runner::logits)
+      .def("stride", &Runner::stride)
       .def("residual", [](const c10::intrusive_ptr<Runner>& self) { return self->residual; })
       .def("routes", [](const c10::intrusive_ptr<Runner>& self) { return self->routes; });
   m.def("huge_zeros(int[] sizes, ScalarType dtype) -> Tensor", [](at::IntArrayRef sizes, at::ScalarType dtype) { return sputnik::huge_zeros(sizes, dtype); });

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "choose.h"
 #include "packed.h"
 
 namespace sputnik {
@@ -48,6 +49,10 @@ struct Batch {
   const int32_t* table(int64_t token) const { return tables + sequence[token] * table_width; }
 };
 
+// Tokens (R, steps * T), their probabilities or logits, which of them are kept; the next ids (R, T), rows that go on (R,),
+// counts [context, rows whose guesses were judged, accepted of them at each place], routes (steps, moe layers, R * T, K), if any.
+using Strode = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 struct Runner : torch::CustomClassHolder {
   Runner(const c10::Dict<std::string, double>& numbers, const at::Tensor& rope, const std::string& format);
   void add_layer(const Tensors& weights);
@@ -65,6 +70,11 @@ struct Runner : torch::CustomClassHolder {
                    const at::Tensor& starts, const at::Tensor& tables, const at::Tensor& wanted);
   // (R, D) -> (R, V) fp32; not to keep: the next such call writes over them. Fresh pages cost more than the product.
   at::Tensor logits(const at::Tensor& hidden, bool keep);
+  // Up to `steps` decoding steps (stride.cpp). `written` (R,) tokens of each row so far, `most` (R,) of them at most, `ends`
+  // (R, E); `draws`: what `choose` takes besides logits and places, R * T of each. Ends early when more than one row in
+  // `idle` is over.
+  Strode stride(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& starts, const at::Tensor& tables, const at::Tensor& written,
+                const at::Tensor& most, const at::Tensor& ends, const std::vector<at::Tensor>& draws, bool scored, bool record, int64_t steps, int64_t idle);
   at::Tensor residual, routes;                  // of the last forward: stream before the final norm (N, D); (moe layers, N, K)
 
   Shape shape;
