@@ -188,10 +188,10 @@ class Engine:
         """Some steps at once (stride.py)."""
         rows, size = [self._samples[work.sequence.id] for work in works], 1 + guesses
         events, guessed = list[Event](), list[tuple[Tracked, list[int]]]()
-        batch, _ = self._flat(works)
-        speculation = self.speculation if guesses else None
         draws = self._sampling([each for each in rows for _ in range(size)])
-        drawn = Stride(self.runner, batch, draws, rows, speculation, self.config.record_routes).run(most // size)
+        drafting = self.speculation if guesses else None
+        stride = Stride(self.runner, self._flat(works)[0], draws, rows, drafting, self.config.record_routes)
+        drawn = stride.run(max(1, most // size))
         for row, (work, each) in enumerate(zip(works, rows, strict=True)):
             ids, failed = drawn.tokens[row], drawn.failed[row]
             if drawn.routes is not None:

@@ -93,7 +93,7 @@ def test_guesses_in_strides_are_accepted_as_in_steps() -> None:
         Request(prompts(1)[0], MIXED[1]),
     ]
     made = {}
-    for stride in (1, 16):
+    for stride in (1, 2, 16):
         engine = make_engine(model, exact=True, guesses=2, adaptive=False)
         for each in asked:
             engine.add(each)
