@@ -16,7 +16,7 @@ REQUESTS = 10_000
 MAX_GROWTH = 4 * 2**20
 """Bytes: half a kilobyte for each of the 8,000 requests between the two readings."""
 MTP_PROMPTS = 32
-MTP_TASK: dict[str, Any] = {"non_negative": True, "terms": (6, 12)}
+MTP_TASK: dict[str, Any] = {"non_negative": True, "terms": (4, 8)}
 """What recipes/deep.toml's model has read: sums worked out at length, as a reasoning model answers."""
 
 
