@@ -147,7 +147,7 @@ def test_attention_by_bf16_pairs_is_that_of_single_numbers(
         program.blocks = [[64 * s + n for n in range(-(-len(text) // size))] for s, text in enumerate(texts)]
         found.append(torch.cat(program.run()))
     apart = (found[0] - found[1]).abs() / found[0].std()
-    assert 0 < apart.mean() < 0.01 and apart.quantile(0.98) < 0.05
+    assert 0 < apart.median() < 0.01 and apart.quantile(0.9) < 0.05
 
 
 @native
