@@ -45,7 +45,7 @@ class Script:
         self._next = 0
         return self._add(request)
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor, keep: bool = True) -> Tensor:
         assert len(hidden) == 1
         self._next += 1
         return torch.full((1, self._size), -1e9).index_fill(1, torch.tensor(self.ids[self._next - 1]), 0.0)
