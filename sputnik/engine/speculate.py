@@ -20,8 +20,8 @@ from sputnik.engine.flat import FlatBatch, Runner
 from sputnik.engine.sequence import Sequence as Tracked
 from sputnik.engine.sequence import Work
 
-TRIAL, REST = 6, 200
-"""Steps a way is tried for, and steps between trials of the slower way."""
+TRIAL, REST, LONGEST_REST = 6, 200, 6400
+"""Steps a way is tried for, and steps between trials of the slower way: twice as many after each that confirms it."""
 MARGIN = 1.03
 
 
@@ -32,6 +32,8 @@ class Pays:
         self._rates: dict[int, dict[bool, float]] = {}
         self._phase: dict[int, tuple[bool, int, bool]] = {}
         """Bucket -> guess?, steps left, whether this is the way found better rather than a trial."""
+        self._found: dict[int, tuple[bool, int]] = {}
+        """Bucket -> the way found better last, and the steps it was then given."""
 
     def now(self, rows: int, steps: int = 1) -> bool:
         """Whether the next step of so many sequences should guess; `steps` were taken since it was asked last."""
@@ -42,7 +44,10 @@ class Pays:
             if settled or len(rates) < 2:
                 on, left, settled = not on, TRIAL, False
             else:
-                on, left, settled = rates[True] > MARGIN * rates[False], REST, True
+                on, settled = rates[True] > MARGIN * rates[False], True
+                before, rest = self._found.get(bucket, (not on, 0))
+                left = min(LONGEST_REST, 2 * rest) if before == on else REST
+                self._found[bucket] = on, left
         self._phase[bucket] = (on, left - steps, settled)
         return on
 

@@ -26,7 +26,7 @@ from sputnik.engine.sampling import SamplingBatch, sample
 from sputnik.engine.sequence import Work
 from sputnik.engine.speculate import Speculation
 
-STRIDE = 16
+STRIDE = 32
 """Tokens of a sequence at once, for those who wait for its end."""
 IDLE = 16
 """A stride ends when more than one in so many rows has ended: they are computed for nothing."""

@@ -356,7 +356,7 @@ void product(const float* x, int64_t m, int64_t ldx, const Packed& w, float* y, 
   Rows& rows = kept;  // other threads read those of this one
   prepare(rows, x, m, w.k, ldx, w.format);
   const int64_t runs = std::min<int64_t>(w.units(), 8 * at::get_num_threads());  // neighbours in memory to one thread
-  tasks(runs, [&](int64_t run) {
+  tasks(runs, m * w.n * w.k, [&](int64_t run) {
     for (int64_t unit = w.units() * run / runs; unit < w.units() * (run + 1) / runs; ++unit) unit_product(rows, 0, m, w, unit, y, ldy);
   });
 }

@@ -81,6 +81,13 @@ void tasks(int64_t n, const F& f) {
   });
 }
 
+// The same for so many multiplications in all: few are done before another thread has woken up.
+template <class F>
+void tasks(int64_t n, int64_t work, const F& f) {
+  if (work >= 150'000) return tasks(n, f);
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
 inline uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);

@@ -305,7 +305,7 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
   // Up-projections moved to the query and the output: q_lat = q_nope W_UK, out = (sum p c) W_UV, head by head.
   const int64_t head = shape.nope + shape.rope, c = shape.latent;
   float *latent = room(gathered, n * h * w), *seen = room(expert_out, n * h * c);
-  tasks(h, [&](int64_t j) {
+  tasks(h, n * h * shape.nope * c, [&](int64_t j) {
     Rows rows;
     prepare(rows, query.data() + from * h * head + j * head, n, shape.nope, h * head, l.up_key[j].format);
     for (int64_t u = 0; u < l.up_key[j].units(); ++u) unit_product(rows, 0, n, l.up_key[j], u, latent + j * w, h * w);
@@ -323,7 +323,7 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
              seen + (i * h + j) * c, c, paged_scratch(), of(following / shares));
     });
   });
-  tasks(h, [&](int64_t j) {
+  tasks(h, n * h * shape.value * c, [&](int64_t j) {
     Rows rows;
     prepare(rows, seen + j * c, n, c, h * c, l.up_value[j].format);
     for (int64_t u = 0; u < l.up_value[j].units(); ++u)
