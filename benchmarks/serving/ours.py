@@ -1,6 +1,5 @@
 """The rows of benchmarks/serve.py that compare us with ourselves: prefix reuse, rollouts, memory, speculation."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def mtp(bench: Bench, files: Files, model: Path | None) -> Row:
     """Tokens a second with speculation against without, one request at a time, on questions of the model's own kind."""
     if model is None:
         raise Absent("no model: give --mtp FOLDER, a model trained here with its prediction module")
-    prompts, guesses = _questions(model), json.loads((model / "config.json").read_text())["num_nextn_predict_layers"]
+    prompts = _questions(model)
     with (
         files.open("ours", str(model), "bf16", 1, guesses=1) as fast,
         files.open("ours", str(model), "bf16", 1) as slow,
@@ -92,7 +91,7 @@ def mtp(bench: Bench, files: Files, model: Path | None) -> Row:
         acceptance = fast.ask("acceptance")[1]
     row = summary(rates[fast][1:], rates[slow][1:])
     outputs = f"{len(prompts)} greedy answers equal, with and without speculation"
-    return row | {"guesses": guesses, "acceptance": round(acceptance, 3), "acceptance_goal": 0.8, "outputs": outputs}
+    return row | {"acceptance": round(acceptance, 3), "acceptance_goal": 0.8, "outputs": outputs}
 
 
 def _questions(model: Path) -> list[list[int]]:
