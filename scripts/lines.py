@@ -7,11 +7,11 @@ is counted on a line of its own.
 import sys
 from pathlib import Path
 
-KERNELS = 2_300
+KERNELS = 2600
 CEILINGS = {
     "(top)": 1000,
     "cli": 3200,
-    "engine": 4200,
+    "engine": 4400,
     "eval": 2400,
     "model": 4200,
     "recipe": 4600,
