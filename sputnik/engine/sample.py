@@ -106,6 +106,11 @@ class Sample:
         return None if self.control is None else self.control.forced
 
     @property
+    def free(self) -> int:
+        """Tokens that can be drawn before something else is to be written, or the end."""
+        return self.params.max_tokens - len(self.written) if self.control is None else self.control.free
+
+    @property
     def guessable(self) -> bool:
         """Whether several places can be drawn at once: no penalty and no grammar that waits for what was written."""
         params = self.params

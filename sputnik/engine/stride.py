@@ -53,12 +53,13 @@ def may_stride(works: Sequence[Work], samples: Sequence[Sample], guesses: int) -
     """Whether all only decode, `guesses` each, and no draw depends on the one before other than through the model."""
     return all(
         work.count == 1 + guesses
+        and work.complete
         and work.sequence.decoding
         and work.sequence.drafts == guesses
         and each.guessable
         and not each.params.logprobs
         and each.forced() is None
-        and each.params.max_tokens - len(each.written) >= guesses
+        and each.free >= guesses
         for work, each in zip(works, samples, strict=True)
     )
 
@@ -81,7 +82,7 @@ class Stride:
         self.place = torch.arange(self.ids.shape[1])
         self.first = torch.arange(0, self.ids.numel(), len(self.place))
         self.written = torch.tensor([len(each.written) for each in samples])
-        self.most = torch.tensor([each.params.max_tokens for each in samples])
+        self.most = self.written + torch.tensor([each.free for each in samples])
         self.ends = _padded([each.ends for each in samples])
         self.going = torch.ones(rows, dtype=torch.bool)
         self.context = 0

@@ -130,6 +130,18 @@ class ThoughtControl:
         """The next token belongs to the answer and is free: a grammar, if there is one, applies to it."""
         return not self.in_thought and not self._queue
 
+    @property
+    def free(self) -> int:
+        """Tokens that can be written before a limit forces something, as far as that is known now; at least one."""
+        params, left = self._params, [self._params.max_tokens - self.written]
+        if self.in_thought and self._tokens is not None:
+            if params.thinking_budget is not None:
+                left.append(params.thinking_budget - self.thought)
+            if params.answer_reserve:
+                closing = len(self._tokens.before) + 1 + len(self._tokens.after)
+                left.append(params.max_tokens - closing - params.answer_reserve - self.written)
+        return max(1, min(left))
+
     def instead(self, id: int) -> int:
         """What is written where the model drew `id`: an end of thought that comes too early gives way to "Wait"."""
         tokens = self._tokens

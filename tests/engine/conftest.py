@@ -88,7 +88,7 @@ class PretendEngine:
 
     def strides(self, works: list[Work]) -> bool:
         """Several tokens at once, where the scheduler has blocks for them; false: an ordinary step is due."""
-        plain = works and all(work.count == 1 and work.sequence.decoding for work in works)
+        plain = works and all(work.count == 1 and work.complete and work.sequence.decoding for work in works)
         wanted = plain and self.stride > 1 and not self.drafts
         steps = self.stride if wanted and self.scheduler.reserve(works, self.stride) else 1
         written: dict[int, int] = {}

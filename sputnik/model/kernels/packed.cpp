@@ -20,7 +20,9 @@ at::Tensor huge_zeros(at::IntArrayRef sizes, at::ScalarType type) {
   at::Tensor out = at::empty(sizes, type);
   const auto start = reinterpret_cast<uintptr_t>(out.data_ptr());
   const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, last = (start + out.nbytes()) / PAGE * PAGE;
+#ifdef MADV_HUGEPAGE
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: no harm in a no
+#endif
   return out.zero_();
 }
 
