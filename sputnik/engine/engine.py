@@ -25,7 +25,7 @@ from sputnik.engine.config import EngineConfig, Tables, cache_blocks
 from sputnik.engine.metrics import WEIGHT_BYTES, Metrics
 from sputnik.engine.metrics import Work as StepWork
 from sputnik.engine.runner import FlatBatch, make_runner
-from sputnik.engine.sample import Event, Request, Sample, masks_of
+from sputnik.engine.sample import Event, Request, Sample, masks_of, positions_of
 from sputnik.engine.sampling import Drawn, Row, SamplingBatch, sample, score
 from sputnik.engine.scheduler import Scheduler
 from sputnik.engine.sequence import Limits, Work
@@ -155,7 +155,7 @@ class Engine:
             return events
         guesses = self._may_stride(plan.works, most)
         if guesses is not None:
-            return events + self._stride(plan.works, most, guesses, started)
+            return self._stride(plan.works, most, guesses, started, events)
         batch, wanted = self._flat(plan.works)
         hidden = self.runner.forward(batch)
         if self.config.record_routes:
@@ -184,10 +184,12 @@ class Engine:
             return None
         return guesses if self.scheduler.reserve(works, most + guesses) else None
 
-    def _stride(self, works: Sequence[Work], most: int, guesses: int, started: float) -> list[Event]:
-        """Some steps at once (stride.py)."""
+    def _stride(
+        self, works: Sequence[Work], most: int, guesses: int, started: float, events: list[Event]
+    ) -> list[Event]:
+        """Some steps at once (stride.py); `events` with what they brought."""
         rows, size = [self._samples[work.sequence.id] for work in works], 1 + guesses
-        events, guessed = list[Event](), list[tuple[Tracked, list[int]]]()
+        guessed = list[tuple[Tracked, list[int]]]()
         draws = self._sampling([each for each in rows for _ in range(size)])
         drafting = self.speculation if guesses else None
         stride = Stride(self.runner, self._flat(works)[0], draws, rows, drafting, self.config.record_routes)
@@ -279,7 +281,7 @@ class Engine:
 
     def _draw(self, rows: list[Sample], hidden: Tensor) -> Drawn:
         batch = self._sampling(rows)
-        positions = torch.tensor(_positions(rows), device=self.device)
+        positions = torch.tensor(positions_of(rows), device=self.device)
         forced = [each.forced() for each in rows] if any(each.controlled for each in rows) else None
         drawn = sample(
             self.runner.head(hidden, keep=False),
@@ -388,12 +390,3 @@ def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
     if min(prompt) < 0 or max(prompt) >= vocab_size:
         wrong = min(prompt) if min(prompt) < 0 else max(prompt)
         raise DataError(f"token {wrong} is not in the vocabulary of {vocab_size}: the prompt is of another tokenizer")
-
-
-def _positions(rows: Sequence[Sample]) -> list[int]:
-    """Tokens written before each row's: one more for every further row of the same sample, which checks a guess."""
-    positions, last = list[int](), None
-    for each in rows:
-        positions.append(positions[-1] + 1 if each is last else len(each.written))
-        last = each
-    return positions

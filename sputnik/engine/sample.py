@@ -199,3 +199,12 @@ def masks_of(rows: Tokens[Sample], device: torch.device) -> Masks | None:
         return None
     places, bits = torch.tensor([place for place, _ in found]), np.stack([bits for _, bits in found])
     return Masks(places.to(device), torch.from_numpy(bits).to(device))
+
+
+def positions_of(rows: Tokens[Sample]) -> list[int]:
+    """Tokens written before each row's: one more for every further row of the same sample, which checks a guess."""
+    positions, last = list[int](), None
+    for each in rows:
+        positions.append(positions[-1] + 1 if each is last else len(each.written))
+        last = each
+    return positions

@@ -13,7 +13,7 @@ s1, 2501.19393). All decisions are made on token ids; text is never searched. Le
 """
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,11 @@ class ThoughtTokens:
         """Those of template "chat"; `message` is said at the end of a thought that did not end by itself."""
         before, after = tok.encode(f"{message}\n"), tok.encode("\n\n")
         return cls(tok.think_id, tok.end_think_id, tuple(before), tuple(after), tuple(tok.encode(wait)))
+
+    @property
+    def closing(self) -> int:
+        """Tokens that ending a thought takes."""
+        return len(self.before) + 1 + len(self.after)
 
 
 class LoopDetector:
@@ -133,14 +138,8 @@ class ThoughtControl:
     @property
     def free(self) -> int:
         """Tokens that can be written before a limit forces something, as far as that is known now; at least one."""
-        params, left = self._params, [self._params.max_tokens - self.written]
-        if self.in_thought and self._tokens is not None:
-            if params.thinking_budget is not None:
-                left.append(params.thinking_budget - self.thought)
-            if params.answer_reserve:
-                closing = len(self._tokens.before) + 1 + len(self._tokens.after)
-                left.append(params.max_tokens - closing - params.answer_reserve - self.written)
-        return max(1, min(left))
+        left = [left for _, left in self._limits()] if self.in_thought else []
+        return max(1, min([self._params.max_tokens - self.written, *left]))
 
     def instead(self, id: int) -> int:
         """What is written where the model drew `id`: an end of thought that comes too early gives way to "Wait"."""
@@ -206,8 +205,7 @@ class ThoughtControl:
             return False
         if params.thinking_budget is not None and self.thought + more > params.thinking_budget:
             return False
-        closing = len(tokens.before) + 1 + len(tokens.after)
-        return self.written + more + closing + params.answer_reserve <= params.max_tokens
+        return self.written + more + tokens.closing + params.answer_reserve <= params.max_tokens
 
     def _turn(self) -> None:
         """A channel begins."""
@@ -218,14 +216,19 @@ class ThoughtControl:
     def _watch(self) -> None:
         if not self.in_thought or self._tokens is None or self._queue:
             return
-        params = self._params
-        closing = len(self._tokens.before) + 1 + len(self._tokens.after)
+        spent: ClosedBy | None = next((by for by, left in self._limits() if left <= 0), None)
         if self._asked:
             self._close("request")
-        elif params.thinking_budget is not None and self.thought >= params.thinking_budget:
-            self._close("budget")
-        elif params.answer_reserve and self.written + closing + params.answer_reserve >= params.max_tokens:
-            self._close("reserve")
+        elif spent is not None:
+            self._close(spent)
+
+    def _limits(self) -> Iterator[tuple[ClosedBy, int]]:
+        """What closes a thought, and after how many tokens more."""
+        params, tokens = self._params, self._tokens
+        if tokens is not None and params.thinking_budget is not None:
+            yield "budget", params.thinking_budget - self.thought
+        if tokens is not None and params.answer_reserve:
+            yield "reserve", params.max_tokens - params.answer_reserve - tokens.closing - self.written
 
     def _close(self, by: ClosedBy) -> None:
         if self._tokens is not None and not self._queue:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from sputnik.engine.config import EngineConfig
 from sputnik.engine.engine import Engine
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.rollouts import Rollouts
@@ -167,3 +168,21 @@ def test_rollouts_with_routes_are_those_of_ordinary_steps(monkeypatch: pytest.Mo
             assert (a.ids, a.finish) == (b.ids, b.finish)
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
             assert a.routes is not None and b.routes is not None and np.array_equal(a.routes, b.routes)
+
+
+def test_who_is_too_late_when_a_stride_begins_is_told_and_counted() -> None:
+    now = 0.0
+    config = EngineConfig(cache_tokens=1024, precision="fp32")
+    engine = Engine(make_model("gqa"), (EOS,), config, clock=lambda: now)
+    params = SamplingParams(max_tokens=20, seed=0, ignore_eos=True)
+    late, other = (engine.add(Request(p, params, deadline=d)) for p, d in zip(prompts(2), (5.0, None), strict=True))
+    engine.step(8)
+    now = 6.0
+    events = engine.step(8)
+    assert [(event.request, event.finish, len(event.ids)) for event in events] == [
+        (late, "deadline", 0),
+        (other, None, 8),
+    ]
+    while engine.busy:
+        engine.step(8)
+    assert engine.metrics.read()["finished"] == 2
