@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,26 +308,32 @@ def test_nobody_comes_in_without_a_key(server: Any) -> None:
 
 
 def test_who_waits_can_ask_for_the_place_and_the_thought_can_be_cut_short(server: Any) -> None:
-    client = server.client
-    tokens = {str(id): -100 for id in (1, fetch(server, "/tokenize", {"prompt": ""})[1]["count"] and 1)}
-    long: Any = {
-        "model": "babbler", "messages": QUESTION, "stream": True, "max_tokens": 1900, "temperature": 1.5,
-        "logit_bias": tokens,
-    }  # fmt: skip
-    streams = []
-    for place in range(8):
-        streams.append(client.chat.completions.create(**long, extra_headers={"x-request-id": f"long-{place}"}))
-        if place == 1:  # at once: a thought that fills its room is closed without being asked
-            assert fetch(server, "/v1/requests/long-1/answer_now", {})[0] == 200
-    status, answer, _ = fetch(server, "/v1/requests/long-0")
-    assert status == 200 and answer["status"] == "running" and answer["tokens"] > 0
-    assert fetch(server, "/v1/requests/long-0", key="sk-other")[0] == 404, "nobody sees another's"
-    assert fetch(server, "/v1/requests/long-2/cancel", {})[0] == 200
-    with pytest.raises(openai.APIError, match="cancelled"):
-        list(streams[2])
-    text = joined(streams[1])[0]
-    assert text["finish"][1].get("thought_closed_by") in ("request", "model")
-    for stream in streams:
+    def begin(place: int) -> Any:
+        return server.client.chat.completions.create(
+            model="babbler", messages=QUESTION, stream=True, max_tokens=1900, temperature=1.5,
+            logit_bias={"1": -100}, extra_headers={"x-request-id": f"long-{place}"},
+        )  # fmt: skip
+
+    worker = server.child("worker")
+    begun = [begin(0), begin(1)]
+    worker.suspend()  # no more tokens: a thought that fills its room is closed without being asked
+    try:
+        status, answer, _ = fetch(server, "/v1/requests/long-0")
+        assert status == 200 and answer["status"] == "running" and answer["tokens"] > 0
+        assert fetch(server, "/v1/requests/long-0", key="sk-other")[0] == 404, "nobody sees another's"
+        assert fetch(server, "/v1/requests/long-1/cancel", {})[0] == 200
+        with pytest.raises(openai.APIError, match="cancelled"):
+            list(begun[1])
+        with ThreadPoolExecutor(1) as pool:
+            hurried, ends = pool.submit(begin, 2), time.monotonic() + 5
+            while fetch(server, "/v1/requests/long-2/answer_now", {})[0] != 200:
+                assert time.monotonic() < ends
+            worker.resume()
+            begun.append(hurried.result())
+    finally:
+        worker.resume()
+    assert joined(begun[2])[0]["finish"][1].get("thought_closed_by") in ("request", "model")
+    for stream in begun:
         stream.close()
     server.until_idle()
 
