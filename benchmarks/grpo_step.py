@@ -27,7 +27,7 @@ import torch
 
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.rollouts import Rollouts
-from sputnik.hardware import resolve_precision
+from sputnik.hardware import kept_memory, resolve_precision
 from sputnik.model.checkpoint import load_model, save_model
 from sputnik.model.config import ModelConfig
 from sputnik.model.transformer import Transformer
@@ -210,7 +210,7 @@ def compare(shape: str, dtype: str, rounds: int, report: Callable[[str], None]) 
     import trl
 
     ours: list[Round] = []
-    with tempfile.TemporaryDirectory() as folder, VerifierPool("arithmetic") as pool:
+    with tempfile.TemporaryDirectory() as folder, VerifierPool("arithmetic") as pool, kept_memory():
         checkpoint = Path(folder)
         tok = make_checkpoint(checkpoint, shape)
         difference = check_logits(checkpoint)

@@ -7,9 +7,9 @@ is counted on a line of its own.
 import sys
 from pathlib import Path
 
-KERNELS = 2600
+KERNELS = 2750
 CEILINGS = {
-    "(top)": 1000,
+    "(top)": 1050,
     "cli": 3200,
     "engine": 4400,
     "eval": 2400,

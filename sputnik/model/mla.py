@@ -59,7 +59,7 @@ class MLA(nn.Module):
     def _queries(self, x: Tensor, now: Pass) -> Tensor:
         """(B, T, H, Q), not yet rotated."""
         if self.compressed_queries:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)).to(now.dtype))
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x), now.dtype))
         else:
             q = self.q_proj(x)
         return q.view(*q.shape[:2], self.heads, -1)
@@ -78,7 +78,7 @@ class MLA(nn.Module):
     def _fused(self, x: Tensor, now: Pass) -> Tensor:
         """`expanded` and all rotations in one kernel: nothing is copied or padded for it."""
         latent, key = torch.split(self.kv_a_proj_with_mqa(x), [self.latent, self.rope], dim=-1)
-        up = self.raised(self.kv_a_layernorm(latent), now)
+        up = self.raised(self.kv_a_layernorm(latent, now.dtype), now)
         segments = fused.batch_segments(*x.shape[:2]) if now.segments is None else now.segments
         q_nhq, up_nhx, key_nr = self._queries(x, now).flatten(0, 1), up.flatten(0, 1), key.flatten(0, 1)
         return fused.causal_latent(q_nhq, up_nhx, key_nr, now.turn[0], segments, self.scale).view(*x.shape[:2], -1)

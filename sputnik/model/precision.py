@@ -43,30 +43,36 @@ def linear_fp32(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed and returned in the weight's type (fp32 in training, also under autocast)."""
+    """x / rms(x) * weight, computed in the weight's type (fp32 in training, also under autocast)."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x (..., D) -> the same shape in `dtype`, or the weight's type."""
+        dtype = dtype or self.weight.dtype
+        if self._fused(x, dtype):
+            return fused.rms_norm(x, self.weight, self.eps, dtype)
         x = x.to(self.weight.dtype)
-        if x.dtype == torch.float32 and fused.usable(x):
-            return fused.rms_norm(x, self.weight, self.eps)
         if x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
         if not torch.is_grad_enabled():
-            return (x * inverse_rms(x, self.eps)).mul_(self.weight)
+            return (x * inverse_rms(x, self.eps)).mul_(self.weight).to(dtype)
         out: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return out
+        return out.to(dtype)
 
-    def after_adding(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def after_adding(self, x: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """x + delta, and its norm."""
-        if x.dtype == delta.dtype == self.weight.dtype == torch.float32 and fused.usable(x):
-            return fused.add_rms_norm(x, delta, self.weight, self.eps)
+        dtype = dtype or self.weight.dtype
+        if x.dtype == torch.float32 and self._fused(delta, dtype):
+            return fused.add_rms_norm(x, delta, self.weight, self.eps, dtype)
         x = x + delta
-        return x, self(x)
+        return x, self(x, dtype)
+
+    def _fused(self, x: Tensor, dtype: torch.dtype) -> bool:
+        return self.weight.dtype == torch.float32 and dtype in fused.TYPES and fused.usable(x)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

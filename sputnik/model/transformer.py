@@ -51,12 +51,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config, layer) if moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, now: Pass, token_mask: Tensor | None) -> tuple[Tensor, Route | None]:
-        seen = self.self_attn(self.input_layernorm(x).to(now.dtype), now)
-        x, inner = self.post_attention_layernorm.after_adding(x, seen)
+        seen = self.self_attn(self.input_layernorm(x, now.dtype), now)
         if isinstance(self.mlp, MoE):
+            x, inner = self.post_attention_layernorm.after_adding(x, seen)
             out, route = self.mlp(inner, token_mask, now.routes.get(self.mlp.layer), now.segments)
             return x + out, route
-        return x + self.mlp(inner.to(now.dtype)), None
+        x, inner = self.post_attention_layernorm.after_adding(x, seen, now.dtype)
+        return x + self.mlp(inner), None
 
 
 class Decoder(nn.Module):

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sputnik.cost import Meter
 from sputnik.errors import DataError, SputnikError
+from sputnik.hardware import kept_memory
 from sputnik.train.guards import Alarm, Guard
 from sputnik.train.progress import Progress
 from sputnik.train.state import (
@@ -128,6 +129,7 @@ class Loop:
     def run(self, stage: Stage) -> None:
         """Go on to the last step. Ends earlier by Stopped, by Paused, or by DataError if the disk is full."""
         with stage_lock(self.out), deterministic(), StopSignal() as stop, contextlib.ExitStack() as on_exit:
+            on_exit.enter_context(kept_memory())
             on_exit.callback(self._close_logs)
             try:
                 self._start(stage)

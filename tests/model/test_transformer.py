@@ -78,12 +78,15 @@ def test_lowered_copy_computes_what_autocast_computes(build: Build, family: str)
 
 @torch.no_grad()
 def test_lowered_decode_stays_near_its_prefill(build: Build) -> None:
+    """With the prefill's experts: rounding may choose others, whose outputs are not near at all."""
     low = build().lowered(torch.bfloat16)
     ids = torch.randint(101, (2, 12))
-    full, cache = low(ids), Cache.empty(low.config, 2, 12, torch.bfloat16)
-    low.trunk(ids[:, :8], cache)
-    decoded = torch.cat([low(ids[:, i : i + 1], cache) for i in range(8, 12)], dim=1)
-    assert (decoded - full[:, 8:]).abs().mean() < 0.03 * full.abs().mean()
+    whole, cache = low.trunk(ids), Cache.empty(low.config, 2, 12, torch.bfloat16)
+    routes, full = torch.stack([route.chosen.view(2, 12, -1) for route in whole.routes]), low.head(whole.hidden)
+    low.trunk(ids[:, :8], cache, routes=routes[:, :, :8])
+    steps = [low.trunk(ids[:, i : i + 1], cache, routes=routes[:, :, i : i + 1]) for i in range(8, 12)]
+    decoded = torch.cat([low.head(step.hidden) for step in steps], dim=1)
+    assert (decoded - full[:, 8:]).abs().mean() < 0.02 * full.abs().mean()
 
 
 def test_autocast_training_keeps_gradients_near_fp32(build: Build) -> None:

@@ -79,12 +79,19 @@ struct Pages {
   const T* at(int64_t block, int64_t part) const { return rows + (table[block] * parts + part) * size * width; }
 };
 
-// Where to fetch from while block `block` of `blocks` is worked on: six further, then in the sequence that comes next. Blocks
-// lie anywhere, so the hardware does not see what follows.
+// What is attended to after this: the same sequence's other heads, or the next sequence.
 template <class T>
-const char* fetched(const Pages<T>& pages, const Pages<T>& next, int64_t block, int64_t blocks, int64_t part) {
-  const int64_t ahead = block + 6;
-  return reinterpret_cast<const char*>(ahead < blocks ? pages.at(ahead, part) : next.at(std::min(ahead - blocks, next.most - 1), part));
+struct Next {
+  Pages<T> pages;
+  int64_t key_part, value_part;
+};
+
+// Where to fetch from while block `block` of `blocks` is worked on: six further, then in part `next_part` of what comes next.
+// Blocks lie anywhere, so the hardware does not see what follows.
+template <class T>
+const char* fetched(const Pages<T>& pages, const Pages<T>& next, int64_t block, int64_t blocks, int64_t part, int64_t next_part) {
+  const int64_t ahead = block + std::min<int64_t>(6, blocks);
+  return reinterpret_cast<const char*>(ahead < blocks ? pages.at(ahead, part) : next.at(std::min(ahead - blocks, next.most - 1), next_part));
 }
 
 inline void fetch_four(const char* block, int64_t token, int64_t bytes) {
@@ -108,10 +115,10 @@ inline __m128 sums(__m512 a, __m512 b, __m512 c, __m512 d) {
 
 // R query heads (rows of `query`, `stride` apart) against the first `length` tokens: keys are the first `key` values of
 // part `key_part`, values the first `value` of `value_part`. out rows are `out_stride` apart. `scratch` is kept
-// between calls; `next` is the sequence after this one.
+// between calls.
 template <int R, class T>
 void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int64_t length, int64_t key_part, int64_t key,
-                  int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Pages<T>& next) {
+                  int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Next<T>& next) {
   std::vector<float>& p = scratch.scores;
   // Scores are stored four at a time: past a block's end by up to three, also where a block is a single token.
   const int64_t size = pages.size, padded = (length + std::max<int64_t>(size, 4) + 15) / 16 * 16;
@@ -119,7 +126,7 @@ void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int
   for (int64_t start = 0; start < length; start += size) {
     const T* rows = pages.at(start / size, key_part);
     const int64_t count = std::min(size, length - start);
-    const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, key_part);
+    const char* ahead = fetched(pages, next.pages, start / size, (length + size - 1) / size, key_part, next.key_part);
     for (int64_t t = 0; t < count; t += 4) {
       fetch_four(ahead, t, pages.width * static_cast<int64_t>(sizeof(T)));
       const T* row[4];
@@ -160,7 +167,7 @@ void attend_heads(const float* query, int64_t stride, const Pages<T>& pages, int
     for (int64_t start = 0; start < length; start += size) {
       const T* rows = pages.at(start / size, value_part) + i;
       const int64_t count = std::min(size, length - start);
-      const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, value_part);
+      const char* ahead = fetched(pages, next.pages, start / size, (length + size - 1) / size, value_part, next.value_part);
       for (int64_t t = 0; t < count; ++t) {
         if (apart && t % 4 == 0) fetch_four(ahead, t, pages.width * static_cast<int64_t>(sizeof(T)));
         __m512 v[4];
@@ -184,7 +191,7 @@ inline __mmask32 halves(int64_t left) { return left >= 32 ? 0xffffffff : (1u << 
 // weights are divided by the sum of what they were rounded to.
 template <int R>
 void attend_heads_dot(const float* query, int64_t stride, const Pages<uint16_t>& pages, int64_t length, int64_t key_part, int64_t key,
-                      int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Pages<uint16_t>& next) {
+                      int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Next<uint16_t>& next) {
   const int64_t size = pages.size, padded = (length + std::max<int64_t>(size, 4) + 15) / 16 * 16, wide = (key + 31) / 32 * 32;
   if (static_cast<int64_t>(scratch.scores.size()) < R * padded) scratch.scores.resize(R * padded);
   if (static_cast<int64_t>(scratch.halves.size()) < R * (padded + wide)) scratch.halves.resize(R * (padded + wide));
@@ -199,7 +206,7 @@ void attend_heads_dot(const float* query, int64_t stride, const Pages<uint16_t>&
   for (int64_t start = 0; start < length; start += size) {
     const uint16_t* rows = pages.at(start / size, key_part);
     const int64_t count = std::min(size, length - start);
-    const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, key_part);
+    const char* ahead = fetched(pages, next.pages, start / size, (length + size - 1) / size, key_part, next.key_part);
     for (int64_t t = 0; t < count; t += 4) {
       fetch_four(ahead, t, 2 * pages.width);
       const uint16_t* row[4];
@@ -240,7 +247,7 @@ void attend_heads_dot(const float* query, int64_t stride, const Pages<uint16_t>&
     for (int64_t start = 0; start < length; start += size) {
       const uint16_t* rows = pages.at(start / size, value_part) + i;
       const int64_t count = std::min(size, length - start);
-      const char* ahead = fetched(pages, next, start / size, (length + size - 1) / size, value_part);
+      const char* ahead = fetched(pages, next.pages, start / size, (length + size - 1) / size, value_part, next.value_part);
       for (int64_t t = 0; t < count; t += 2) {
         if (apart && t % 4 == 0) fetch_four(ahead, t, 2 * pages.width);
         const uint16_t *a = rows + t * pages.width, *b = t + 1 < count ? a + pages.width : a;
@@ -277,7 +284,7 @@ void attend_heads_dot(const float* query, int64_t stride, const Pages<uint16_t>&
 // `dot`: with the bf16 dot product, if the cache is bf16.
 template <class T>
 void attend(bool dot, int64_t heads, const float* query, int64_t stride, const Pages<T>& pages, int64_t length, int64_t key_part, int64_t key,
-            int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Pages<T>& next) {
+            int64_t value_part, int64_t value, float scale, float* out, int64_t out_stride, PagedScratch& scratch, const Next<T>& next) {
   for (int64_t h = 0; h < heads; h += 4) {
     const auto some = [&](auto count) {
       constexpr int R = decltype(count)::value;

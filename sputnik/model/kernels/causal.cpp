@@ -5,10 +5,11 @@
 // it, which so need the prompt only once. Keys of MLA end in a part that all heads share.
 //
 // One task is one key head of one prefix with everything that hangs on it: nobody else adds to its gradients, and the order
-// of sums does not depend on the number of threads, unless a task is alone and the BLAS shares its products out. Products
-// are the BLAS's, on copies that stay in the L2 cache; the scores of ROWS queries exist at a time, and the backward pass
-// computes them again from what the forward pass kept: the logarithm of each softmax's sum.
-#include "fused.h"
+// of sums does not depend on the number of threads, unless a task is alone and the BLAS shares its products out. Factors of
+// products are copies that stay in the L2 cache, multiplied as bf16 if the rows are and the CPU does that faster. The scores
+// of ROWS queries exist at a time, and the backward pass computes them again from what the forward pass kept: the logarithm
+// of each softmax's sum.
+#include "operand.h"
 
 #include <map>
 #include <optional>
@@ -16,7 +17,7 @@
 namespace sputnik {
 namespace {
 
-constexpr int64_t ROWS = 64;
+constexpr int64_t ROWS = 64, AHEAD = 8;
 
 struct Segment {
   int64_t start, count, prefix_start, prefix_count;
@@ -29,6 +30,10 @@ struct Heads {
   T* data;
   int64_t row, head, width;
   T* at(int64_t r, int64_t h) const { return data + r * row + h * head; }
+  // Ahead of time: the hardware does not see that one head's part of each row is read.
+  void fetch(int64_t r, int64_t h) const {
+    for (const T* p = at(r, h); p < at(r, h) + width; p += 64 / sizeof(T)) _mm_prefetch(p, _MM_HINT_T0);
+  }
 };
 
 template <class T>
@@ -79,15 +84,21 @@ struct Call {
   float scale;
   int64_t groups() const { return query_heads / key_heads; }
   int64_t query_heads, key_heads, width;
+  bool pairs = std::is_same_v<T, bf16> && use_bf16_dot();
 
-  void load_queries(const Segment& s, int64_t h, float* to) const {
-    for (int64_t i = 0; i < s.count; ++i) read(query.at(s.start + i, h), width, scale, to + i * width);
-    turns(to, s.count, width, s.prefix_count, 1);
+  void load_queries(const Segment& s, int64_t first, int64_t rows, int64_t h, float* to) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      query.fetch(s.start + first + i + AHEAD, h);
+      read(query.at(s.start + first + i, h), width, scale, to + i * width);
+    }
+    turns(to, rows, width, s.prefix_count + first, 1);
   }
 
   void load_keys(const Segment& s, int64_t g, float* k, float* v) const {
     for (int64_t i = 0; i < s.keys(); ++i) {
       const int64_t r = i < s.prefix_count ? s.prefix_start + i : s.start + i - s.prefix_count;
+      key.fetch(r + AHEAD, g);
+      value.fetch(r + AHEAD, g);
       read(key.at(r, g), key.width, 1, k + i * width);
       if (shared) read(shared->at(r, 0), shared->width, 1, k + i * width + key.width);
       read(value.at(r, g), value.width, 1, v + i * value.width);
@@ -142,19 +153,20 @@ void forward(const Call<T>& call, const at::Tensor& segments, int64_t positions,
   tasks(static_cast<int64_t>(all.size()) * call.key_heads, [&](int64_t task) {
     const int64_t g = task % call.key_heads, width = call.width, wide = call.value.width;
     for (const Segment& s : all[task / call.key_heads]) {
-      const int64_t n = s.keys();
       Scratch scratch;
-      float *k = scratch.take(n * width), *v = scratch.take(n * wide), *q = scratch.take(s.count * width);
-      float *p = scratch.take(ROWS * n), *o = scratch.take(ROWS * wide), sum[ROWS];
-      call.load_keys(s, g, k, v);
+      Operand k(scratch, call.pairs, s.keys(), width), v(scratch, call.pairs, s.keys(), wide);
+      float *o = scratch.take(ROWS * wide), sum[ROWS];
+      call.load_keys(s, g, k.x, v.x);
       for (int64_t h = g * call.groups(); h < (g + 1) * call.groups(); ++h) {
-        call.load_queries(s, h, q);
         for (int64_t r = 0; r < s.count; r += ROWS) {
           const int64_t rows = std::min(ROWS, s.count - r), seen = s.prefix_count + r + rows;
-          gemm(false, true, rows, seen, width, q + r * width, width, k, width, 0, p, seen);
+          Scratch block;
+          Operand q(block, call.pairs, rows, width), p(block, call.pairs, rows, seen);
+          call.load_queries(s, r, rows, h, q.x);
+          multiply(false, true, rows, seen, width, q, k, false, p.x, seen);
           for (int64_t i = 0; i < rows; ++i)
-            lse[(s.start + r + i) * call.query_heads + h] = exponentials(p + i * seen, seen - rows + i + 1, seen, sum[i]);
-          gemm(false, false, rows, wide, seen, p, seen, v, wide, 0, o, wide);
+            lse[(s.start + r + i) * call.query_heads + h] = exponentials(p.x + i * seen, seen - rows + i + 1, seen, sum[i]);
+          multiply(false, false, rows, wide, seen, p, v, false, o, wide);
           for (int64_t i = 0; i < rows; ++i) write(o + i * wide, wide, 1 / sum[i], to.at(s.start + r + i, h));
         }
       }
@@ -189,40 +201,41 @@ void backward(const Call<T>& call, const at::Tensor& segments, int64_t positions
     for (const Segment& s : family) {
       const int64_t n = s.keys();
       Scratch scratch;
-      float *k = scratch.take(n * width), *v = scratch.take(n * wide), *q = scratch.take(s.count * width);
-      float *dk = scratch.take(n * width), *dv = scratch.take(n * wide), *dq = scratch.take(s.count * width);
-      float *p = scratch.take(ROWS * n), *dp = scratch.take(ROWS * n), *d = scratch.take(ROWS * wide), *o = scratch.take(wide);
+      Operand k(scratch, call.pairs, n, width), v(scratch, call.pairs, n, wide);
+      float *dk = scratch.take(n * width), *dv = scratch.take(n * wide), *dq = scratch.take(ROWS * width), *o = scratch.take(wide);
       std::fill_n(dk, n * width, 0.f);
       std::fill_n(dv, n * wide, 0.f);
-      call.load_keys(s, g, k, v);
+      call.load_keys(s, g, k.x, v.x);
       for (int64_t h = g * call.groups(); h < (g + 1) * call.groups(); ++h) {
-        call.load_queries(s, h, q);
         for (int64_t r = 0; r < s.count; r += ROWS) {
           const int64_t rows = std::min(ROWS, s.count - r), seen = s.prefix_count + r + rows;
-          gemm(false, true, rows, seen, width, q + r * width, width, k, width, 0, p, seen);
-          for (int64_t i = 0; i < rows; ++i) read(grad.at(s.start + r + i, h), wide, 1, d + i * wide);
-          gemm(false, true, rows, seen, wide, d, wide, v, wide, 0, dp, seen);
+          Scratch block;
+          Operand q(block, call.pairs, rows, width), d(block, call.pairs, rows, wide);
+          Operand p(block, call.pairs, rows, seen), dp(block, call.pairs, rows, seen);
+          call.load_queries(s, r, rows, h, q.x);
+          for (int64_t i = 0; i < rows; ++i) {
+            grad.fetch(s.start + r + i + AHEAD, h);
+            out.fetch(s.start + r + i, h);
+            read(grad.at(s.start + r + i, h), wide, 1, d.x + i * wide);
+          }
+          multiply(false, true, rows, seen, width, q, k, false, p.x, seen);
+          multiply(false, true, rows, seen, wide, d, v, false, dp.x, seen);
           for (int64_t i = 0; i < rows; ++i) {
             const int64_t row = s.start + r + i;
             read(out.at(row, h), wide, 1, o);
-            softmax_backward(p + i * seen, dp + i * seen, seen - rows + i + 1, seen, lse[row * call.query_heads + h], dot(o, d + i * wide, wide));
+            softmax_backward(p.x + i * seen, dp.x + i * seen, seen - rows + i + 1, seen, lse[row * call.query_heads + h], dot(o, d.x + i * wide, wide));
           }
-          gemm(true, false, seen, wide, rows, p, seen, d, wide, 1, dv, wide);
-          gemm(true, false, seen, width, rows, dp, seen, q + r * width, width, 1, dk, width);
-          gemm(false, false, rows, width, seen, dp, seen, k, width, 0, dq + r * width, width);
+          multiply(true, false, seen, wide, rows, p, d, true, dv, wide);
+          multiply(true, false, seen, width, rows, dp, q, true, dk, width);
+          multiply(false, false, rows, width, seen, dp, k, false, dq, width);
+          call.turns(dq, rows, width, s.prefix_count + r, -1);
+          for (int64_t i = 0; i < rows; ++i) write(dq + i * width, width, call.scale, to.query.at(s.start + r + i, h));
         }
-        call.turns(dq, s.count, width, s.prefix_count, -1);
-        for (int64_t i = 0; i < s.count; ++i) write(dq + i * width, width, call.scale, to.query.at(s.start + i, h));
       }
       call.turns(dk, n, width, 0, -1);
-      if (s.prefix_count) {
-        add(dk, prefix * width, prefix_k);
-        add(dv, prefix * wide, prefix_v);
-        store(s, dk + prefix * width, dv + prefix * wide);
-      } else {
-        add(dk, prefix * width, prefix_k);
-        add(dv, prefix * wide, prefix_v);
-      }
+      add(dk, prefix * width, prefix_k);
+      add(dv, prefix * wide, prefix_v);
+      if (s.prefix_count) store(s, dk + prefix * width, dv + prefix * wide);
     }
     store(family[0], prefix_k, prefix_v);
   });

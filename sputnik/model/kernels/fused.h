@@ -8,6 +8,7 @@
 #include <cmath>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -53,7 +54,15 @@ inline __m512i upper_half(__m512 v) {  // bits of the nearest bf16, ties to even
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
 }
 
-inline void save(bf16* to, __mmask16 mask, __m512 v) { _mm256_mask_storeu_epi16(to, mask, _mm512_cvtepi32_epi16(upper_half(v))); }
+inline __m256i nearest_bf16(__m512 v) {
+#ifdef __AVX512BF16__
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  return _mm512_cvtepi32_epi16(upper_half(v));
+#endif
+}
+
+inline void save(bf16* to, __mmask16 mask, __m512 v) { _mm256_mask_storeu_epi16(to, mask, nearest_bf16(v)); }
 
 // fp32 with the values of bf16.
 template <class T>

@@ -92,24 +92,30 @@ def _parts(query: Tensor, first: Tensor, second: Tensor, latent: bool) -> tuple[
     return first[..., :nope], shared, first[..., nope:]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., D) / rms(x) * weight, all fp32."""
-    _, out = _Norm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps)  # type: ignore[no-untyped-call]
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x (..., D) / rms(x) * weight -> `dtype`; the weight is fp32."""
+    _, out = _Norm.apply(x.reshape(-1, x.shape[-1]), None, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return out.view(x.shape)  # type: ignore[no-any-return]
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta, and its norm: (..., D), all fp32."""
-    total, out = _Norm.apply(x.reshape(-1, x.shape[-1]), delta.reshape(-1, x.shape[-1]), weight, eps)  # type: ignore[no-untyped-call]
+def add_rms_norm(
+    x: Tensor, delta: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """x + delta, and its norm in `dtype`: (..., D); x, weight and the sum are fp32."""
+    flat = x.reshape(-1, x.shape[-1]), delta.reshape(-1, x.shape[-1])
+    total, out = _Norm.apply(*flat, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return total.view(x.shape), out.view(x.shape)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor | None, Tensor]:
-        total, out, scale = torch.ops.sputnik.norm_forward(x, delta, weight, eps)
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor]:
+        total, out, scale = torch.ops.sputnik.norm_forward(x, delta, weight, eps, dtype == torch.bfloat16)
         ctx.save_for_backward(total, scale, weight)
         ctx.set_materialize_grads(False)
+        ctx.narrow = delta is not None and delta.dtype == torch.bfloat16 and ctx.needs_input_grad[1]
         return None if delta is None else total, out
 
     @staticmethod
@@ -117,10 +123,13 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, straight: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         total, scale, weight = ctx.saved_tensors
         if grad is None:
-            return straight, straight, None, None
+            narrowed = straight.bfloat16() if ctx.narrow and straight is not None else straight
+            return straight, narrowed, None, None, None
         grad, straight = _dense_rows(grad), None if straight is None else _dense_rows(straight)
-        grad_x, grad_weight = torch.ops.sputnik.norm_backward(grad, straight, total, scale, weight)
-        return grad_x, grad_x if ctx.needs_input_grad[1] else None, grad_weight, None
+        by_x, by_delta, by_weight = torch.ops.sputnik.norm_backward(grad, straight, total, scale, weight, ctx.narrow)
+        if ctx.needs_input_grad[1] and by_delta is None:
+            by_delta = by_x
+        return by_x, by_delta, by_weight, None, None
 
 
 def _dense_rows(x: Tensor) -> Tensor:

@@ -297,7 +297,8 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
         const int64_t i = from + task / shape.key_heads, g = task % shape.key_heads;
         const auto of = [&](int64_t token) { return Pages{pages, b.table(token), size, hd, shape.parts(), b.table_width}; };
         attend(dot, group, query.data() + (i * h + g * group) * hd, hd, of(i), b.positions[i] + 1, g, hd, shape.key_heads + g, hd,
-               scale, attended.data() + (i * h + g * group) * hd, hd, paged_scratch(), of(from + following / shape.key_heads));
+               scale, attended.data() + (i * h + g * group) * hd, hd, paged_scratch(),
+               Next{of(from + following / shape.key_heads), following % shape.key_heads, shape.key_heads + following % shape.key_heads});
       });
     });
     return;
@@ -320,7 +321,7 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
       const int64_t i = task / shares, j = task % shares * share;
       const auto of = [&](int64_t token) { return Pages{pages, b.table(from + token), size, w, int64_t{1}, b.table_width}; };
       attend(dot, std::min(share, h - j), latent + (i * h + j) * w, w, of(i), b.positions[from + i] + 1, 0, w, 0, c, scale,
-             seen + (i * h + j) * c, c, paged_scratch(), of(following / shares));
+             seen + (i * h + j) * c, c, paged_scratch(), Next{of(following / shares), int64_t{0}, int64_t{0}});
     });
   });
   tasks(h, n * h * shape.value * c, [&](int64_t j) {

@@ -24,69 +24,101 @@ const float* floats(const at::Tensor& t) {
 
 float* target(const at::Tensor& t) { return const_cast<float*>(floats(t)); }
 
+template <class T>
+T* dense_rows(const at::Tensor& t) {
+  TORCH_CHECK(t.dim() == 2 && t.stride(1) == 1, "dense rows are needed");
+  return elements<T>(t);
+}
+
 // --- RMSNorm ---------------------------------------------------------------------------------------------------------
 
-// x (N, D), and what is added to it first -> (sum, norm of the sum, 1 / rms of each row). Without delta the sum is x.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_forward(const at::Tensor& x, const Maybe& delta, const at::Tensor& weight, double eps) {
+// x (N, D), and what is added to it first -> (sum, norm of the sum, 1 / rms of each row). Without delta the sum is x. x and
+// delta are fp32 or bf16, a sum is fp32; `narrow`: the norm is rounded to bf16.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_forward(const at::Tensor& x, const Maybe& delta, const at::Tensor& weight, double eps, bool narrow) {
   const int64_t rows = x.size(0), n = x.size(1);
   TORCH_CHECK(weight.numel() == n && (!delta || delta->sizes() == x.sizes()), "norm: sizes do not fit");
-  at::Tensor sum = delta ? at::empty({rows, n}, x.options()) : x, out = at::empty({rows, n}, x.options());
-  at::Tensor scale = at::empty({rows}, x.options());
-  const float *px = floats(x), *pd = delta ? floats(*delta) : nullptr, *pw = floats(weight);
-  float *ps = target(sum), *po = target(out), *pc = target(scale);
+  const auto wide = x.options().dtype(at::kFloat);
+  at::Tensor sum = delta ? at::empty({rows, n}, wide) : x, scale = at::empty({rows}, wide);
+  at::Tensor out = at::empty({rows, n}, narrow ? x.options().dtype(at::kBFloat16) : wide);
+  const float* pw = floats(weight);
+  float* pc = target(scale);
   const int64_t ldx = x.stride(0), ldd = delta ? delta->stride(0) : 0, lds = sum.stride(0);
-  row_tasks(rows, [&](int64_t, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      __m512 squares = _mm512_setzero_ps();
-      for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 mask = lanes(n - i);
-        __m512 v = load(px + r * ldx + i, mask);
-        if (pd) {
-          v = _mm512_add_ps(v, load(pd + r * ldd + i, mask));
-          save(ps + r * lds + i, mask, v);
-        }
-        squares = _mm512_fmadd_ps(v, v, squares);
-      }
-      pc[r] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(n) + static_cast<float>(eps));
-      const __m512 c = _mm512_set1_ps(pc[r]);
-      for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 mask = lanes(n - i);
-        save(po + r * n + i, mask, _mm512_mul_ps(_mm512_mul_ps(load(ps + r * lds + i, mask), c), load(pw + i, mask)));
-      }
-    }
+  by_type(out, [&](auto o) {
+    by_type(x, [&](auto v) {
+      by_type(delta ? *delta : x, [&](auto d) {
+        const auto* px = dense_rows<decltype(v)>(x);
+        const auto* pd = delta ? dense_rows<decltype(d)>(*delta) : nullptr;
+        float* ps = delta ? target(sum) : nullptr;
+        auto* po = dense_rows<decltype(o)>(out);
+        row_tasks(rows, [&](int64_t, int64_t first, int64_t last) {
+          for (int64_t r = first; r < last; ++r) {
+            __m512 squares = _mm512_setzero_ps();
+            for (int64_t i = 0; i < n; i += 16) {
+              const __mmask16 mask = lanes(n - i);
+              __m512 value = load(px + r * ldx + i, mask);
+              if (pd) {
+                value = _mm512_add_ps(value, load(pd + r * ldd + i, mask));
+                save(ps + r * lds + i, mask, value);
+              }
+              squares = _mm512_fmadd_ps(value, value, squares);
+            }
+            pc[r] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(n) + static_cast<float>(eps));
+            const __m512 c = _mm512_set1_ps(pc[r]);
+            for (int64_t i = 0; i < n; i += 16) {
+              const __mmask16 mask = lanes(n - i);
+              const __m512 value = pd ? load(ps + r * lds + i, mask) : load(px + r * ldx + i, mask);
+              save(po + r * n + i, mask, _mm512_mul_ps(_mm512_mul_ps(value, c), load(pw + i, mask)));
+            }
+          }
+        });
+      });
+    });
   });
   return {sum, out, scale};
 }
 
-// Gradients by the sum and by the weight; `straight` is the gradient that reaches the sum past the norm.
-std::tuple<at::Tensor, at::Tensor> norm_backward(const at::Tensor& grad, const Maybe& straight, const at::Tensor& x, const at::Tensor& scale,
-                                                 const at::Tensor& weight) {
+// Gradients by the sum, in its type, and by the weight; `straight` is the gradient that reaches the sum past the norm. In between,
+// if `narrow`, the first again as bf16: that of a delta.
+std::tuple<at::Tensor, Maybe, at::Tensor> norm_backward(const at::Tensor& grad, const Maybe& straight, const at::Tensor& x, const at::Tensor& scale,
+                                                        const at::Tensor& weight, bool narrow) {
   const int64_t rows = x.size(0), n = x.size(1), ldx = x.stride(0), ldg = grad.stride(0), lds = straight ? straight->stride(0) : 0;
-  at::Tensor grad_x = at::empty({rows, n}, x.options()), parts = at::zeros({(rows + CHUNK - 1) / CHUNK, n}, x.options());
-  const float *pg = floats(grad), *px = floats(x), *pc = floats(scale), *pw = floats(weight), *ps = straight ? floats(*straight) : nullptr;
-  float *po = target(grad_x), *pp = target(parts);
-  row_tasks(rows, [&](int64_t task, int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const float *g = pg + r * ldg, *v = px + r * ldx;
-      __m512 along = _mm512_setzero_ps();
-      const __m512 c = _mm512_set1_ps(pc[r]);
-      for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 mask = lanes(n - i);
-        const __m512 gx = _mm512_mul_ps(load(g + i, mask), load(v + i, mask));
-        along = _mm512_fmadd_ps(gx, load(pw + i, mask), along);
-        save(pp + task * n + i, mask, _mm512_fmadd_ps(gx, c, load(pp + task * n + i, mask)));
-      }
-      const __m512 back = _mm512_set1_ps(_mm512_reduce_add_ps(along) * pc[r] * pc[r] * pc[r] / static_cast<float>(n));
-      for (int64_t i = 0; i < n; i += 16) {
-        const __mmask16 mask = lanes(n - i);
-        __m512 d = _mm512_mul_ps(_mm512_mul_ps(load(g + i, mask), load(pw + i, mask)), c);
-        d = _mm512_fnmadd_ps(load(v + i, mask), back, d);
-        if (ps) d = _mm512_add_ps(d, load(ps + r * lds + i, mask));
-        save(po + r * n + i, mask, d);
-      }
-    }
+  at::Tensor grad_x = at::empty({rows, n}, x.options()), parts = at::zeros({(rows + CHUNK - 1) / CHUNK, n}, scale.options());
+  Maybe grad_delta;
+  if (narrow) grad_delta = at::empty({rows, n}, x.options().dtype(at::kBFloat16));
+  const float *pc = floats(scale), *pw = floats(weight), *ps = straight ? floats(*straight) : nullptr;
+  float* pp = target(parts);
+  bf16* pd = narrow ? elements<bf16>(*grad_delta) : nullptr;
+  by_type(grad, [&](auto zero) {
+    by_type(x, [&](auto value) {
+      const auto* pg = dense_rows<decltype(zero)>(grad);
+      const auto* px = dense_rows<decltype(value)>(x);
+      auto* po = dense_rows<decltype(value)>(grad_x);
+      row_tasks(rows, [&](int64_t task, int64_t first, int64_t last) {
+        for (int64_t r = first; r < last; ++r) {
+          const auto* g = pg + r * ldg;
+          const auto* v = px + r * ldx;
+          __m512 along = _mm512_setzero_ps();
+          const __m512 c = _mm512_set1_ps(pc[r]);
+          for (int64_t i = 0; i < n; i += 16) {
+            const __mmask16 mask = lanes(n - i);
+            const __m512 gx = _mm512_mul_ps(load(g + i, mask), load(v + i, mask));
+            along = _mm512_fmadd_ps(gx, load(pw + i, mask), along);
+            save(pp + task * n + i, mask, _mm512_fmadd_ps(gx, c, load(pp + task * n + i, mask)));
+          }
+          const __m512 back = _mm512_set1_ps(_mm512_reduce_add_ps(along) * pc[r] * pc[r] * pc[r] / static_cast<float>(n));
+          for (int64_t i = 0; i < n; i += 16) {
+            const __mmask16 mask = lanes(n - i);
+            __m512 d = _mm512_mul_ps(_mm512_mul_ps(load(g + i, mask), load(pw + i, mask)), c);
+            d = _mm512_fnmadd_ps(load(v + i, mask), back, d);
+            if (ps) d = _mm512_add_ps(d, load(ps + r * lds + i, mask));
+            save(po + r * n + i, mask, d);
+            if (pd) save(pd + r * n + i, mask, d);
+          }
+        }
+      });
+    });
   });
-  return {grad_x, parts.sum(0)};
+  return {grad_x, grad_delta, parts.sum(0)};
 }
 
 // --- SwiGLU ----------------------------------------------------------------------------------------------------------
