@@ -4,7 +4,7 @@
 
 Both train the same random model from the same weights on the same prompts: a Llama (hidden 256, 6 layers, byte-level
 vocabulary), or with `--shape v3` the preset `mini` of DeepSeek-V3 (59 million parameters with a larger vocabulary).
-A step is 8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds alternate inside one process, so
+A step is 8 prompts x 8 samples x 64 new tokens, no KL term, one update. The rounds of two processes alternate, so
 what else the machine does hits both; `ratio` is the median of the paired ratios. End-of-sequence is not a stop on our
 side and has no probability on theirs, so all 64 tokens are always drawn. Both reward the share of digits in the
 answer. auto, the default, is the type this CPU multiplies faster, on both sides. Before anything is timed the two
@@ -13,6 +13,7 @@ models must give the same logits. Left out: verifying (an answer that never ends
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import sys
@@ -20,9 +21,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from sputnik.engine.params import SamplingParams
@@ -41,7 +44,7 @@ from sputnik.train.optim import adamw
 from sputnik.train.rollout import RolloutWorker, Sample, with_advantages
 
 PROMPTS, GROUP, NEW, LR = 8, 8, 64, 1e-4
-GOALS = {"dense": 2.5, "v3": 4.0}
+GOALS = {"dense": 4.0, "v3": 4.0}
 DIGITS = frozenset("0123456789")
 
 
@@ -123,13 +126,43 @@ class Ours:
         return replace(sample, rewards={"digits": share}, reward=share)
 
 
-def run_theirs(checkpoint: Path, tok: Tokenizer, dtype: str, rounds: int, before: Callable[[int], None]) -> list[Round]:
-    """Train with TRL; `before(n)` is called ahead of its step n and is not counted."""
+class Theirs:
+    """TRL in a process of its own: what one side sets (the allocator, threads) does not reach the other."""
+
+    def __init__(self, checkpoint: Path, dtype: str, rounds: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._line, line = context.Pipe()
+        self.process = context.Process(
+            target=run_theirs, args=(line, checkpoint, dtype, rounds, torch.get_num_threads())
+        )
+        self.process.start()
+        line.close()
+        self._answer()
+
+    def step(self) -> Round:
+        self._line.send("go")
+        answer: Round = self._answer()
+        return answer
+
+    def _answer(self) -> Any:
+        try:
+            return self._line.recv()
+        except EOFError:
+            raise SystemExit("TRL has ended before its last step: what it said stands above") from None
+
+    def cpu(self) -> float:
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
+
+def run_theirs(line: Connection, checkpoint: Path, dtype: str, rounds: int, threads: int) -> None:
+    """Train with TRL, a step whenever `line` says so; a `Round` comes back for each, and None when it is ready."""
+    torch.set_num_threads(threads)
+    tok = Tokenizer.load(checkpoint)
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    done: list[Round] = []
     generated: list[float] = []
 
     class Trainer(GRPOTrainer):  # type: ignore[misc]
@@ -140,23 +173,25 @@ def run_theirs(checkpoint: Path, tok: Tokenizer, dtype: str, rounds: int, before
             return out
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """From the end of our round to the next begin of a step: with data loading and logging, as ours."""
+        """From the word to begin to the next begin of a step: with data loading and logging, as ours."""
 
         def __init__(self) -> None:
             self.started: tuple[float, float] | None = None
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             self._stop()
-            before(len(done))
+            line.recv()
             self.started = time.perf_counter(), time.process_time()
 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             self._stop()
 
         def _stop(self) -> None:
-            if self.started is not None:
-                wall, cpu = (now - then for now, then in zip(_clocks(), self.started, strict=True))
-                done.append(Round(wall, generated[-1], cpu))
+            if self.started is None:
+                line.send(None)
+                return
+            wall, cpu = (now - then for now, then in zip(_clocks(), self.started, strict=True))
+            line.send(Round(wall, generated[-1], cpu))
 
     def reward(completions: Sequence[str], **_: Any) -> list[float]:
         return [digit_share(text) for text in completions]
@@ -174,7 +209,6 @@ def run_theirs(checkpoint: Path, tok: Tokenizer, dtype: str, rounds: int, before
             args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()],
             processing_class=AutoTokenizer.from_pretrained(checkpoint, padding_side="left"),
         ).train()  # fmt: skip
-    return done
 
 
 def _clocks() -> tuple[float, float]:
@@ -187,12 +221,12 @@ def _prompt_text(tok: Tokenizer, problem: Problem) -> str:
     return tok.decode(prompt.ids)
 
 
-def busy_others(since: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
-    """Cores that other processes kept busy since `since`, on average; then wall seconds and busy seconds till now."""
+def busy_others(peer: Theirs, since: tuple[float, float, float] | None = None) -> tuple[float, float, float]:
+    """Cores that third processes kept busy since `since`, on average; then wall seconds and busy seconds till now."""
     fields = [int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split()[1:9]]
     busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
     times = os.times()
-    others, now = busy - times.user - times.system, time.perf_counter()
+    others, now = busy - times.user - times.system - peer.cpu(), time.perf_counter()
     return (others - since[2]) / (now - since[1]) if since else 0.0, now, others
 
 
@@ -209,31 +243,31 @@ def compare(shape: str, dtype: str, rounds: int, report: Callable[[str], None]) 
     """Run both sides, `rounds` timed steps each after one that warms up; returns the JSON line."""
     import trl
 
-    ours: list[Round] = []
+    ours, theirs = list[Round](), list[Round]()
     with tempfile.TemporaryDirectory() as folder, VerifierPool("arithmetic") as pool, kept_memory():
         checkpoint = Path(folder)
         tok = make_checkpoint(checkpoint, shape)
         difference = check_logits(checkpoint)
-        us = Ours(checkpoint, tok, pool, dtype)
-        noise = busy_others()
-
-        def our_round(number: int) -> None:
+        us, peer = Ours(checkpoint, tok, pool, dtype), Theirs(checkpoint, dtype, rounds + 1)
+        noise = busy_others(peer)
+        for number in range(rounds + 1):
             ours.append(us.step(number))
             report(f"round {number}: ours {ours[-1].wall:.2f} s, generation {ours[-1].generate:.2f} s")
-
-        theirs = run_theirs(checkpoint, tok, dtype, rounds + 1, our_round)
+            theirs.append(peer.step())
+        others = busy_others(peer, noise)[0]
+        peer.process.join()
     ours, theirs = ours[1:], theirs[1:]
     tokens = PROMPTS * GROUP * NEW
     ratios = sorted(their.wall / our.wall for our, their in zip(ours, theirs, strict=True))
-    mine, peer = phases(ours), phases(theirs)
+    our_phases, their_phases = phases(ours), phases(theirs)
     return {
         "case": "grpo_step", "shape": shape, "peer": f"trl {trl.__version__}", "dtype": dtype,
-        "ours": round(tokens / mine["step_s"], 1), "theirs": round(tokens / peer["step_s"], 1),
+        "ours": round(tokens / our_phases["step_s"], 1), "theirs": round(tokens / their_phases["step_s"], 1),
         "ratio": round(statistics.median(ratios), 2), "goal": GOALS[shape], "unit": "tok/s",
         "ratio_range": [round(ratios[0], 2), round(ratios[-1], 2)],
-        "cpu_ratio": round(peer["cpu_s"] / mine["cpu_s"], 2),
-        "ours_phases": mine, "theirs_phases": peer, "rounds": rounds, "threads": torch.get_num_threads(),
-        "logit_difference": difference, "other_cores": round(busy_others(noise)[0], 2),
+        "cpu_ratio": round(their_phases["cpu_s"] / our_phases["cpu_s"], 2),
+        "ours_phases": our_phases, "theirs_phases": their_phases, "rounds": rounds, "threads": torch.get_num_threads(),
+        "logit_difference": difference, "other_cores": round(others, 2),
     }  # fmt: skip
 
 
