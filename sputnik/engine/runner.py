@@ -28,9 +28,8 @@ from sputnik.model.rope import softmax_scale
 from sputnik.model.transformer import DecoderLayer, Transformer
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
-WHOLE_PREFILL, WHOLE_PREFILL_PAIRS = 8, 1024
-"""Spans of more tokens than this are attended to by torch's fused kernel, shorter ones token by token; the latter where
-bf16 pairs are multiplied, which that kernel does not do: 0.65 to 0.85 of its time for 512 tokens of a prompt."""
+WHOLE_PREFILL = 8
+"""Spans of more tokens than this are attended to as a whole (kernels/prefill.cpp), shorter ones token by token."""
 
 
 def make_runner(
@@ -93,10 +92,7 @@ class NativeRunner:
 
     @property
     def _whole(self) -> int:
-        if self.exact:
-            return 1 << 40
-        pairs = torch.ops.sputnik.bf16_dot() and self.caches[0].dtype == torch.bfloat16
-        return WHOLE_PREFILL_PAIRS if pairs else WHOLE_PREFILL
+        return 1 << 40 if self.exact else WHOLE_PREFILL
 
     def release(self) -> None:
         self.model.to("meta")

@@ -13,13 +13,13 @@ EOS = 1
 PROMPTS = [[0, 5, 9], [0, 7], [0, 3, 3, 3, 8, 20], [0]]
 
 
-def small_model() -> Transformer:
+def small_model(seed: int = 3) -> Transformer:
     """A V3-shaped model with outputs peaked enough that greedy choices are no ties."""
     config = ModelConfig.preset(
         "tiny", vocab_size=48, hidden_size=64, num_hidden_layers=3, max_position_embeddings=64,
         initializer_range=0.3, num_nextn_predict_layers=0,
     )  # fmt: skip
-    return Transformer(config).init_weights(torch.Generator().manual_seed(3)).eval()
+    return Transformer(config).init_weights(torch.Generator().manual_seed(seed)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +72,10 @@ def test_logprobs_are_those_of_a_full_forward_pass(model: Transformer) -> None:
 
 
 def test_bf16_stays_close_to_a_full_forward_pass() -> None:
-    """Rounding moves a router now and then, so the bound is on the mean: this is the mismatch the trainer logs."""
-    assert float(gaps(small_model(), "bf16").mean()) < 0.1
+    """Rounding moves a router now and then, so the bounds are on the middle and the mean of several models: this is the
+    mismatch the trainer logs."""
+    found = torch.cat([gaps(small_model(seed), "bf16") for seed in range(16)])
+    assert float(found.median()) < 0.04 and float(found.mean()) < 0.1
 
 
 def test_finished_rows_leave_and_the_others_go_on_unchanged(model: Transformer) -> None:

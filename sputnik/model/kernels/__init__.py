@@ -24,7 +24,7 @@ import torch
 from sputnik.errors import SputnikError
 from sputnik.hardware import cache_directory, cpu_fields
 
-SOURCES = ("packed", "runner", "stride", "choose", "causal", "train")
+SOURCES = ("packed", "runner", "prefill", "stride", "choose", "causal", "train")
 NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fPIC", "-fopenmp", "-fno-math-errno", "-w")
 SWITCH = "SPUTNIK_KERNELS"

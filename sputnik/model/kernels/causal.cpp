@@ -17,7 +17,7 @@
 namespace sputnik {
 namespace {
 
-constexpr int64_t ROWS = 64, AHEAD = 8;
+constexpr int64_t ROWS = CAUSAL_ROWS, AHEAD = 8;
 
 struct Segment {
   int64_t start, count, prefix_start, prefix_count;
@@ -155,19 +155,16 @@ void forward(const Call<T>& call, const at::Tensor& segments, int64_t positions,
     for (const Segment& s : all[task / call.key_heads]) {
       Scratch scratch;
       Operand k(scratch, call.pairs, s.keys(), width), v(scratch, call.pairs, s.keys(), wide);
-      float *o = scratch.take(ROWS * wide), sum[ROWS];
+      float* o = scratch.take(ROWS * wide);
       call.load_keys(s, g, k.x, v.x);
       for (int64_t h = g * call.groups(); h < (g + 1) * call.groups(); ++h) {
         for (int64_t r = 0; r < s.count; r += ROWS) {
-          const int64_t rows = std::min(ROWS, s.count - r), seen = s.prefix_count + r + rows;
+          const int64_t rows = std::min(ROWS, s.count - r);
           Scratch block;
-          Operand q(block, call.pairs, rows, width), p(block, call.pairs, rows, seen);
+          Operand q(block, call.pairs, rows, width);
           call.load_queries(s, r, rows, h, q.x);
-          multiply(false, true, rows, seen, width, q, k, false, p.x, seen);
-          for (int64_t i = 0; i < rows; ++i)
-            lse[(s.start + r + i) * call.query_heads + h] = exponentials(p.x + i * seen, seen - rows + i + 1, seen, sum[i]);
-          multiply(false, false, rows, wide, seen, p, v, false, o, wide);
-          for (int64_t i = 0; i < rows; ++i) write(o + i * wide, wide, 1 / sum[i], to.at(s.start + r + i, h));
+          attend_causally(q, k, v, s.prefix_count + r + rows, o, lse + (s.start + r) * call.query_heads + h, call.query_heads);
+          for (int64_t i = 0; i < rows; ++i) write(o + i * wide, wide, 1, to.at(s.start + r + i, h));
         }
       }
     }

@@ -144,9 +144,29 @@ class Operand {
     else tile_of<M, 1>(rest..., lanes(columns));
   }
 
+  friend void attend_causally(Operand& q, Operand& k, Operand& v, int64_t seen, float* out, float* lse, int64_t stride);
+
   int64_t rows_, width_;
   bool pairs_;
   Form across_, down_, turned_;
 };
+
+constexpr int64_t CAUSAL_ROWS = 64;  // queries whose scores exist at a time
+
+// Queries q, scaled, that follow one another: the last one sees the first `seen` keys, each before it one less. out (rows, width
+// of v); if wanted, the logarithm of each softmax's sum, `stride` apart.
+inline void attend_causally(Operand& q, Operand& k, Operand& v, int64_t seen, float* out, float* lse, int64_t stride) {
+  const int64_t rows = q.rows_, wide = v.width_;
+  Scratch scratch;
+  Operand p(scratch, q.pairs_, rows, seen);
+  float* sum = scratch.take(rows);
+  multiply(false, true, rows, seen, q.width_, q, k, false, p.x, seen);
+  for (int64_t i = 0; i < rows; ++i) {
+    const float all = exponentials(p.x + i * seen, seen - rows + i + 1, seen, sum[i]);
+    if (lse) lse[i * stride] = all;
+  }
+  multiply(false, false, rows, wide, seen, p, v, false, out, wide);
+  for (int64_t i = 0; i < rows; ++i) read(out + i * wide, wide, 1 / sum[i], out + i * wide);
+}
 
 }  // namespace sputnik

@@ -332,43 +332,6 @@ void Runner::paged(int64_t index, const Batch& b, int64_t from, int64_t to) {
   });
 }
 
-// A long span by torch's fused kernel, over the sequence's rows gathered from their blocks; MLA expanded.
-void Runner::whole(int64_t index, const Batch& b, int64_t s) {
-  const Layer& l = layers[index];
-  const at::Tensor& cache = caches[index];
-  const int64_t from = b.starts[s], n = b.starts[s + 1] - from, first = b.positions[from], length = first + n, h = shape.heads;
-  const int64_t size = cache.size(1), blocks = (length + size - 1) / size;
-  const at::Tensor table = at::from_blob(const_cast<int32_t*>(b.tables) + s * b.table_width, {blocks}, at::kInt).to(at::kLong);
-  const at::Tensor pages = cache.index_select(0, table).to(at::kFloat);
-  at::Tensor key, value, q;
-  if (!shape.latent) {  // (blocks, parts, size, width) -> (1, parts, length, width)
-    const at::Tensor parts = pages.view({blocks, shape.parts(), size, shape.width}).transpose(0, 1).reshape({1, shape.parts(), blocks * size, shape.width}).slice(2, 0, length);
-    key = parts.slice(1, 0, shape.key_heads);
-    value = parts.slice(1, shape.key_heads);
-    q = at::from_blob(query.data() + from * h * shape.width, {n, h, shape.width}, at::kFloat);
-  } else {
-    const int64_t head = shape.nope + shape.rope, up = shape.nope + shape.value;
-    const at::Tensor rows = pages.view({blocks * size, -1}).slice(0, 0, length);
-    const at::Tensor wide = at::empty({length, h, up}, at::kFloat);
-    const at::Tensor latent = rows.slice(1, 0, shape.latent).contiguous();
-    product(latent.data_ptr<float>(), length, shape.latent, l.kv_b, wide.data_ptr<float>(), h * up);
-    const at::Tensor shared = rows.slice(1, shape.latent).unsqueeze(1).expand({length, h, shape.rope});
-    key = at::cat({wide.slice(2, 0, shape.nope), shared}, 2).transpose(0, 1).unsqueeze(0);
-    value = at::zeros({length, h, head}, at::kFloat);  // as wide as the keys: the kernel wants equal widths
-    value.slice(2, 0, shape.value).copy_(wide.slice(2, shape.nope));
-    value = value.transpose(0, 1).unsqueeze(0);
-    q = at::from_blob(query.data() + from * h * head, {n, h, head}, at::kFloat);
-  }
-  c10::optional<at::Tensor> mask;
-  if (first > 0) {
-    const at::Tensor seen = at::arange(length).unsqueeze(0) > at::arange(first, length).unsqueeze(1);
-    mask = at::zeros({n, length}, at::kFloat).masked_fill_(seen, -INFINITY);
-  }
-  const at::Tensor out = at::scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), key, value, mask, 0.0, first == 0, shape.scale, !shape.latent && h != shape.key_heads);
-  const int64_t wide = shape.latent ? shape.value : shape.width;
-  at::from_blob(attended.data() + from * h * wide, {n, h, wide}, at::kFloat).copy_(out[0].transpose(0, 1).slice(2, 0, wide));
-}
-
 // --- experts ---------------------------------------------------------------------------------------------------------
 
 // `picks` (N, K) and `weights` (N, K): model/moe.py, Gate.

@@ -20,7 +20,7 @@ struct Shape {
   int64_t hidden, heads, key_heads, width;            // GQA: width of a head
   int64_t nope, rope, value, latent;                  // MLA; latent 0: GQA
   int64_t experts, chosen, groups, kept_groups;       // MoE
-  int64_t whole_prefill;                              // spans longer than this go through SDPA
+  int64_t whole_prefill;                              // spans longer than this are attended to as a whole (prefill.cpp)
   bool sigmoid, normalise, two_best, by_group, interleaved;
   double eps, scale, routed_scale;
   int64_t cache_width() const { return latent ? latent + rope : 2 * key_heads * width; }
