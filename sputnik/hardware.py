@@ -158,7 +158,7 @@ def multiplies_bf16() -> bool:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """Inside, freed memory stays with the process, for the next step to use: glibc gives large pieces back to the system,
+    """Inside, freed memory stays with the process for the next step: glibc gives large pieces back to the system,
     which clears each page again, a tenth of a small model's step. Without glibc it changes nothing."""
     libc = ctypes.CDLL(None)
     if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):

@@ -7,6 +7,7 @@ can know them. Decode is the time of all tokens less that of the first.
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,8 @@ BOUNDS: Mapping[str, tuple[float, float]] = {"smollm2": (0.93, 0.01), "mini": (0
 What bf16 alone does: 99 % and 0.0002 for SmolLM2; 84 to 92 % and 0.005 to 0.02 for random V3 weights, whose best tokens
 are close. A gate with softmax in place of sigmoid, or experts chosen without groups: 41 % and 0.1.
 """
+SETTLE = 0.5
+"""Seconds before a side's turn: threads of the one before may look for work for a while (OpenMP's for 0.2 s)."""
 Row = dict[str, Any]
 
 
@@ -80,6 +83,7 @@ class Bench:
 
     def rate(self, case: Case, side: Side) -> float:
         """Tokens a second. The two calls have different prompts, or a prefix cache would make the second one free."""
+        time.sleep(SETTLE)
         seconds, _ = side.ask("generate", prompts=self.prompts(case.model, case.batch, case.prompt), new=case.new)
         if case.new > 1:
             first, _ = side.ask("generate", prompts=self.prompts(case.model, case.batch, case.prompt), new=1)

@@ -50,7 +50,7 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t n, 
   }
 }
 
-// out = silu(gate) * up, `gate_up` holding the gates first
+// out = silu(gate) * up, `gate_up` holding the gates first; out may lie on them
 inline void swiglu(const float* gate_up, int64_t width, float* out) {
   for (int64_t i = 0; i < width; i += 16) {
     const __mmask16 mask = lanes(width - i);

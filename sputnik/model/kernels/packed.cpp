@@ -93,6 +93,11 @@ Packed pack(const at::Tensor& weight, Format format) {
 
 namespace {
 
+template <class T>
+void grow(std::vector<T>& v, int64_t n) {  // never smaller again: what comes back would be cleared each time
+  if (static_cast<int64_t>(v.size()) < n) v.resize(n);
+}
+
 void round_row(const float* x, int64_t k, uint16_t* to) {
   int64_t j = 0;
 #ifdef __AVX512BF16__
@@ -108,7 +113,7 @@ void prepare(Rows& rows, const float* x, int64_t m, int64_t k, int64_t ld, Forma
   rows.x = x;
   rows.ld = ld;
   if (format == Format::bf16 && use_bf16_dot()) {
-    rows.pairs.resize(m * k / 2);
+    grow(rows.pairs, m * k / 2);
     auto* to = reinterpret_cast<uint16_t*>(rows.pairs.data());
     at::parallel_for(0, m, 1 + 32768 / k, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) round_row(x + i * ld, k, to + i * k);
@@ -116,9 +121,9 @@ void prepare(Rows& rows, const float* x, int64_t m, int64_t k, int64_t ld, Forma
   }
   if (format != Format::q8 && format != Format::q4) return;
   const int64_t groups = k / GROUP;
-  rows.q.resize(m * k);
-  rows.scale.resize(m * groups);
-  rows.sum.resize(m * groups);
+  grow(rows.q, m * k);
+  grow(rows.scale, m * groups);
+  grow(rows.sum, m * groups);
   at::parallel_for(0, m * groups, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; ++place) {
       const int64_t i = place / groups, g = place % groups;
@@ -142,10 +147,10 @@ namespace {
 constexpr int P = UNIT / LANES;
 constexpr int64_t PREFETCH = 4096;  // bytes ahead; panels are too short for the hardware to see the stream
 
-// The two lines that a step reads, ahead of time; with many rows the products take longer than the reading.
-template <int M>
+// The two lines that a step reads, ahead of time, for up to MOST rows: with more the products take longer than the reading.
+template <int M, int MOST = 4>
 inline void fetch(const void* at) {
-  if constexpr (M <= 4) {
+  if constexpr (M <= MOST) {
     _mm_prefetch(static_cast<const char*>(at) + PREFETCH, _MM_HINT_T0);
     _mm_prefetch(static_cast<const char*>(at) + PREFETCH + 64, _MM_HINT_T0);
   }
@@ -208,7 +213,7 @@ void tile_bf16_dot(const Rows& rows, int64_t first, const Packed& w, int64_t uni
   const char* at = w.unit(unit);
   __m512 acc[M][P] = {};
   for (int64_t k = 0; k < half; ++k, at += 128) {
-    fetch<M>(at);
+    fetch<M, 12>(at);
     const auto a = (__m512bh)_mm512_loadu_si512(at), b = (__m512bh)_mm512_loadu_si512(at + 64);
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {

@@ -208,10 +208,10 @@ void Runner::run(int64_t index, float* x, const Batch& b) {
 
 void Runner::dense(const Packed& gate_up, const Packed& down, const float* x, int64_t n, float* out) {
   const int64_t width = gate_up.n / 2;
-  float *wide = room(inner, n * gate_up.n), *narrow = room(act, n * width);
+  float* wide = room(inner, n * gate_up.n);
   product(x, n, shape.hidden, gate_up, wide, gate_up.n);
-  for_rows(n, 4 * width, [&](int64_t i) { swiglu(wide + i * 2 * width, width, narrow + i * width); });
-  product(narrow, n, width, down, out, shape.hidden);
+  for_rows(n, 4 * width, [&](int64_t i) { swiglu(wide + i * 2 * width, width, wide + i * 2 * width); });
+  product(wide, n, 2 * width, down, out, shape.hidden);
 }
 
 // --- attention -------------------------------------------------------------------------------------------------------
