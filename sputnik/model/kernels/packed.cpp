@@ -145,6 +145,7 @@ void prepare(Rows& rows, const float* x, int64_t m, int64_t k, int64_t ld, Forma
 namespace {
 
 constexpr int P = UNIT / LANES;
+constexpr int64_t STAYING = 224;  // pairs along k of a unit, 28 KB, which stay in the L1 cache while rows pass
 constexpr int64_t PREFETCH = 4096;  // bytes ahead; panels are too short for the hardware to see the stream
 
 // The two lines that a step reads, ahead of time, for up to MOST rows: with more the products take longer than the reading.
@@ -156,14 +157,12 @@ inline void fetch(const void* at) {
   }
 }
 
+inline __mmask16 lanes_of(int64_t left) { return left >= LANES ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(left, 0)) - 1); }
+
 template <int M>
 inline void store(__m512 (&acc)[M][P], float* y, int64_t ldy, int64_t columns) {
-  for (int p = 0; p < P; ++p) {
-    const int64_t left = columns - p * LANES;
-    if (left <= 0) return;
-    const __mmask16 mask = left >= LANES ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-    for (int i = 0; i < M; ++i) _mm512_mask_storeu_ps(y + i * ldy + p * LANES, mask, acc[i][p]);
-  }
+  for (int p = 0; p < P; ++p)
+    for (int i = 0; i < M; ++i) _mm512_mask_storeu_ps(y + i * ldy + p * LANES, lanes_of(columns - p * LANES), acc[i][p]);
 }
 
 template <int M>
@@ -205,14 +204,18 @@ void tile_bf16(const Rows& rows, int64_t first, const Packed& w, int64_t unit, f
   store<M>(acc, y, ldy, columns);
 }
 
+// Of pairs [begin, end) along k, added to y where these are not the first.
 template <int M>
-void tile_bf16_dot(const Rows& rows, int64_t first, const Packed& w, int64_t unit, float* y, int64_t ldy, int64_t columns) {
+void tile_bf16_dot(const Rows& rows, int64_t first, const Packed& w, int64_t unit, float* y, int64_t ldy, int64_t columns, int64_t begin, int64_t end) {
 #ifdef __AVX512BF16__
   const int64_t half = w.k / 2;
   const uint32_t* x = rows.pairs.data() + first * half;
-  const char* at = w.unit(unit);
-  __m512 acc[M][P] = {};
-  for (int64_t k = 0; k < half; ++k, at += 128) {
+  const char* at = w.unit(unit) + begin * 128;
+  __m512 acc[M][P];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i)
+    for (int p = 0; p < P; ++p) acc[i][p] = begin ? _mm512_maskz_loadu_ps(lanes_of(columns - p * LANES), y + i * ldy + p * LANES) : _mm512_setzero_ps();
+  for (int64_t k = begin; k < end; ++k, at += 128) {
     fetch<M, 12>(at);
     const auto a = (__m512bh)_mm512_loadu_si512(at), b = (__m512bh)_mm512_loadu_si512(at + 64);
 #pragma GCC unroll 12
@@ -223,8 +226,6 @@ void tile_bf16_dot(const Rows& rows, int64_t first, const Packed& w, int64_t uni
     }
   }
   store<M>(acc, y, ldy, columns);
-#else
-  tile_bf16<M>(rows, first, w, unit, y, ldy, columns);
 #endif
 }
 
@@ -300,40 +301,40 @@ void tile_quantised(const Rows& rows, int64_t first, const Packed& w, int64_t un
 using Tile = void (*)(const Rows&, int64_t, const Packed&, int64_t, float*, int64_t, int64_t);
 
 template <int M>
-Tile tile_of(Format format, bool dot) {
+Tile tile_of(Format format) {
   switch (format) {
     case Format::f32: return tile_f32<M>;
-    case Format::bf16: return dot ? tile_bf16_dot<M> : tile_bf16<M>;
+    case Format::bf16: return tile_bf16<M>;
     case Format::q8: return tile_quantised<M, false>;
     default: return tile_quantised<M, true>;
   }
 }
 
-// Rows of x in a tile: what the registers hold; quantised tiles need two accumulators each.
-Tile tile(Format format, int64_t m, bool dot) {
-  switch (m) {
-    case 1: return tile_of<1>(format, dot);
-    case 2: return tile_of<2>(format, dot);
-    case 3: return tile_of<3>(format, dot);
-    case 4: return tile_of<4>(format, dot);
-    case 5: return tile_of<5>(format, dot);
-    case 6: return tile_of<6>(format, dot);
-    case 7: return tile_of<7>(format, dot);
-    case 8: return tile_of<8>(format, dot);
-    case 9: return tile_of<9>(format, dot);
-    case 10: return tile_of<10>(format, dot);
-    case 11: return tile_of<11>(format, dot);
-    default: return tile_of<12>(format, dot);
+// f(the number m, known to the compiler), up to what the registers hold.
+template <int M = 1, class F>
+void with_rows(int64_t m, const F& f) {
+  if constexpr (M < MAX_ROWS) {
+    if (m != M) return with_rows<M + 1>(m, f);
   }
+  f(std::integral_constant<int, M>());
 }
 
 void unit_with(const Rows& rows, int64_t first, int64_t m, const Packed& w, int64_t unit, float* y, int64_t ldy, bool dot) {
-  const int64_t most = w.format == Format::q8 || w.format == Format::q4 ? 6 : MAX_ROWS;
-  const int64_t blocks = (m + most - 1) / most;
-  for (int64_t block = 0; block < blocks; ++block) {  // even shares, so that no tile is left with a row or two
-    const int64_t from = m * block / blocks, count = m * (block + 1) / blocks - from;
-    tile(w.format, count, dot)(rows, first + from, w, unit, y + from * ldy + unit * UNIT, ldy, w.n - unit * UNIT);
-  }
+  const int64_t most = w.quantised() ? MAX_ROWS / 2 : MAX_ROWS;  // quantised tiles need two accumulators each
+  const int64_t blocks = (m + most - 1) / most, columns = w.n - unit * UNIT;
+  const auto block_by_block = [&](const auto& f) {  // even shares, so that no tile is left with a row or two
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = m * block / blocks;
+      with_rows(m * (block + 1) / blocks - from, [&](auto count) { f(count, from, y + from * ldy + unit * UNIT); });
+    }
+  };
+  if (w.format != Format::bf16 || !dot)
+    return block_by_block([&](auto count, int64_t from, float* to) { tile_of<count>(w.format)(rows, first + from, w, unit, to, ldy, columns); });
+  const int64_t pairs = w.k / 2, parts = blocks > 1 ? (pairs + STAYING - 1) / STAYING : 1;
+  for (int64_t part = 0; part < parts; ++part)
+    block_by_block([&](auto count, int64_t from, float* to) {
+      tile_bf16_dot<count>(rows, first + from, w, unit, to, ldy, columns, pairs * part / parts, pairs * (part + 1) / parts);
+    });
 }
 
 }  // namespace
@@ -362,7 +363,8 @@ void product(const float* x, int64_t m, int64_t ldx, const Packed& w, float* y, 
   static thread_local Rows kept;
   Rows& rows = kept;  // other threads read those of this one
   prepare(rows, x, m, w.k, ldx, w.format);
-  const int64_t runs = std::min<int64_t>(w.units(), 8 * at::get_num_threads());  // neighbours in memory to one thread
+  // Neighbours in memory to one thread, unless the work of each is so much that threads would wait for the last one.
+  const int64_t runs = m > MAX_ROWS ? w.units() : std::min<int64_t>(w.units(), 8 * at::get_num_threads());
   tasks(runs, m * w.n * w.k, [&](int64_t run) {
     for (int64_t unit = w.units() * run / runs; unit < w.units() * (run + 1) / runs; ++unit) unit_product(rows, 0, m, w, unit, y, ldy);
   });
