@@ -82,13 +82,14 @@ class Bench:
         return figures | {"other_cores": round(busy.others(), 2)}
 
     def rate(self, case: Case, side: Side) -> float:
-        """Tokens a second. The two calls have different prompts, or a prefix cache would make the second one free."""
+        """Tokens a second, of threads that are awake. The prompts of all calls differ, or a prefix cache would make the
+        later ones free."""
         time.sleep(SETTLE)
-        seconds, _ = side.ask("generate", prompts=self.prompts(case.model, case.batch, case.prompt), new=case.new)
-        if case.new > 1:
-            first, _ = side.ask("generate", prompts=self.prompts(case.model, case.batch, case.prompt), new=1)
-            seconds -= first
-        return case.tokens / seconds
+        asked = [1, case.new] if case.new == 1 else [1, case.new, 1]
+        _, seconds, *first = (
+            side.ask("generate", prompts=self.prompts(case.model, case.batch, case.prompt), new=new)[0] for new in asked
+        )
+        return case.tokens / (seconds - sum(first))
 
     def check(self, case: Case, ours: Side, judge: Side) -> str:
         """How our greedy tokens stand with the judge, who reads them as a prompt; raises Absent when they stand badly.
