@@ -32,11 +32,12 @@ struct Packed {
   Format format = Format::f32;
   int64_t n = 0, k = 0;
   at::Tensor data;
+  const char* bytes = nullptr;  // of `data`: a tensor is asked for them too slowly for each tile
   int64_t units() const { return (n + UNIT - 1) / UNIT; }
   bool quantised() const { return format == Format::q8 || format == Format::q4; }
   int64_t group_bytes() const { return UNIT * (format == Format::q8 ? GROUP + 2 : GROUP / 2 + 4); }
   int64_t unit_bytes() const { return quantised() ? k / GROUP * group_bytes() : UNIT * k * (format == Format::f32 ? 4 : 2); }
-  const char* unit(int64_t u) const { return static_cast<const char*>(data.data_ptr()) + u * unit_bytes(); }
+  const char* unit(int64_t u) const { return bytes + u * unit_bytes(); }
 };
 
 // Rows of x as a product wants them: fp32, and for quantised weights int8 with a scale and a sum for each group.
