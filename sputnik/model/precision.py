@@ -3,7 +3,8 @@
 The residual stream, norms, router, attention core and softmax stay in fp32; matrix products run in the compute type:
 bfloat16 under `torch.autocast`, else the type of the layer's own weights. `Transformer.lowered` makes a copy whose
 matrix weights already are bfloat16: it computes the numbers of autocast without its casts. On CPUs whose fp32 units are
-the faster ones, autocast's products of bf16 values are computed by those (`kernels/fused.py`).
+the faster ones, autocast's products of bf16 values are computed by those (`kernels/fused.py`); on those that multiply
+bf16 pairs, the attention kernels round queries, keys and probabilities to bf16 for their products, with sums in fp32.
 """
 
 from typing import Any
