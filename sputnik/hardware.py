@@ -160,10 +160,10 @@ def multiplies_bf16() -> bool:
 def kept_memory() -> Iterator[None]:
     """Inside, freed memory stays with the process for the next step: glibc gives large pieces back to the system,
     which clears each page again, a tenth of a small model's step. Without glibc it changes nothing."""
-    libc = ctypes.CDLL(None)
-    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    if platform.libc_ver()[0] != "glibc":
         yield
         return
+    libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3  # malloc.h
     try:
         for which in (trim_threshold, mmap_threshold):
