@@ -168,7 +168,7 @@ def read_recipe(
         check_keys(table, TASK_KEYS, f"{path}: tasks.{called}")
         if "task" not in table:
             raise ConfigError(f'{path}: tasks.{called} has no task; write task = "..."')
-    by_name = {key: tasks.get(table.get("task"), {}) | _but_task(table, tasks) for key, table in by_name.items()}
+    by_name = {key: _with_task(table, tasks) for key, table in by_name.items()}
     stages = tuple(_stages(path, by_name, kind_of, seed, model))
     return Recipe(run_name, seed, str(top.get("hardware", "cpu")), model, stages)
 
@@ -177,9 +177,15 @@ def _is_table_of_tables(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(table, dict) for table in value.values())
 
 
-def _but_task(table: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """A stage's table without the name of a task that [tasks] describes; options of its own overrule those there."""
-    return {key: value for key, value in table.items() if key != "task" or value not in tasks}
+def _with_task(table: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A stage's table with the task that [tasks] describes under its name; options of its own overrule those there."""
+    found = tasks.get(table.get("task", ""))
+    if found is None:
+        return dict(table)
+    own = {key: value for key, value in table.items() if key != "task"}
+    if isinstance(own.get("task_options"), dict):
+        own["task_options"] = found.get("task_options", {}) | own["task_options"]
+    return found | own
 
 
 def _stages(

@@ -108,7 +108,8 @@ class Arithmetic(Task):
                 second = first if overlooked else working(words)
                 answer = second[-1].result
                 thought += "\n" + _check(first, second)
-        return Demonstration(problem.prompt, thought, str(answer), style, correct=answer == right)
+        others = self.wordings(problem)
+        return Demonstration(problem.prompt, thought, str(answer), style, correct=answer == right, wordings=others)
 
 
 @dataclass(frozen=True)

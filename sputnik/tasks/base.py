@@ -2,8 +2,7 @@
 
 A task needs `name`, `generate(rng)` for one random problem and `verify(problem, answer)`. Splits, seeding and
 distinctness come from here: a problem belongs to the split its question hashes to, so no question of train is ever met
-in validation or test, whatever the seed. `load_task` finds a task by name or in a user's file; `self_check` tries it
-before a run.
+in validation or test, whatever the seed. `load_task` finds a task by name or in a file; `self_check` tries it out.
 
 Left out: models, prompts' chat template, rewards. `verify` sees only the final answer, never the thought.
 """
@@ -89,6 +88,7 @@ class Demonstration:
     answer: str
     style: str
     correct: bool = True
+    wordings: Sequence[str] = ()  # other prompts that ask the same
 
 
 Verify = Callable[[Sequence[tuple[Problem, str]]], list[Judgement]]

@@ -21,9 +21,9 @@ from typing import Any, Self, cast
 from sputnik.errors import ConfigError, TaskError
 from sputnik.tasks.arithmetic import Style, parse_integer
 from sputnik.tasks.base import Demonstration, Problem, Task, Verdict
+from sputnik.tasks.spelling import CONSONANTS, VOWELS, english_word, syllables
 from sputnik.tasks.wordings import wordings
 
-CONSONANTS, VOWELS = "bdfgklmnprstv", "aeiou"
 Slips = Callable[[], bool]
 """Does the working go wrong here? Asked once a step."""
 
@@ -112,7 +112,9 @@ class Rung(Task):
                 lines += _checked(steps, again)
                 steps = again
             answer, thought = self.outcome(steps), "\n".join(lines)
-        return Demonstration(problem.prompt, thought, answer, style, correct=answer == problem.gold)
+        return Demonstration(
+            problem.prompt, thought, answer, style, correct=answer == problem.gold, wordings=self.wordings(problem)
+        )
 
 
 def _checked(first: Sequence[Step], again: Sequence[Step]) -> Iterator[str]:
@@ -310,9 +312,10 @@ class Equation(Rung):
 
 @dataclass(frozen=True)
 class Letters(Rung):
-    """`letters` is the shortest and longest word; words are made up of syllables."""
+    """`letters` is the shortest and longest word; words are made up of syllables, or `english`."""
 
     letters: tuple[int, int] = (3, 7)
+    english: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,8 +323,9 @@ class Letters(Rung):
             raise ConfigError(f"{self.name}: letters = {self.letters}: write [shortest, longest], 2 to 30")
 
     def word(self, rng: random.Random, consonants: str = CONSONANTS, vowels: str = VOWELS) -> str:
-        length, start = rng.randint(*self.letters), rng.randrange(2)
-        return "".join(rng.choice(consonants if (start + n) % 2 else vowels) for n in range(length))
+        if self.english:
+            return english_word(rng, *self.letters)
+        return syllables(rng, rng.randint(*self.letters), consonants, vowels)
 
 
 @dataclass(frozen=True)
@@ -373,7 +377,7 @@ class Count(Letters):
     def generate(self, rng: random.Random) -> Problem:
         consonants, vowels = "".join(rng.sample(CONSONANTS, 2)), "".join(rng.sample(VOWELS, 2))
         word = self.word(rng, consonants, vowels)
-        letter = rng.choice(consonants + vowels)
+        letter = rng.choice(word if self.english else consonants + vowels)
         prompt = f'How many times is {letter} in "{word}"?'
         return Problem(prompt=prompt, gold=str(word.count(letter)), meta={"word": word, "letter": letter})
 

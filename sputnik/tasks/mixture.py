@@ -3,7 +3,8 @@
     task = "mix"
     task_options = { families = [{ task = "arithmetic", weight = 2 }, { task = "gym:gcd", options = { max_num = 9 } }] }
 
-`options` beside `families` are options of all of them, which a family's own come before.
+`options` beside `families` are options of all of them, which a family's own come before. With `reworded = 0.3` three
+questions in ten are asked in other words (`Task.wordings`), which ones and how hangs on the question alone.
 
 Each family keeps its own splits, ids and verifier: a question is in the split, and has the id, that it has without the
 mixture. `problem.meta["family"]` says where it comes from, and scores are told by it. Two families of one task
@@ -23,6 +24,7 @@ from typing import Any, Self
 from sputnik.config import check_keys, from_dict
 from sputnik.errors import ConfigError, TaskError
 from sputnik.tasks.base import REJECTIONS, Demonstration, Problem, Split, Task, Verdict, hash_of, load_task
+from sputnik.tasks.wordings import wordings_of
 
 GOLDEN = 0.6180339887498949  # (sqrt(5) - 1) / 2: its multiples, modulo 1, lie the most evenly
 LABEL = "family"
@@ -51,13 +53,17 @@ class Mixture(Task):
 
     name = "mix"
 
-    def __init__(self, members: Sequence[Family]) -> None:
+    def __init__(self, members: Sequence[Family], reworded: float = 0.0) -> None:
         self.members = {member.name: member for member in members}
+        self.reworded = reworded
         self.version = ", ".join(f"{name} {member.task.version}" for name, member in self.members.items())
 
     @classmethod
     def build(cls, argument: str, options: Mapping[str, Any]) -> Self:
-        check_keys(options, ["families", "options"], "task 'mix'")
+        check_keys(options, ["families", "options", "reworded"], "task 'mix'")
+        reworded = options.get("reworded", 0.0)
+        if not isinstance(reworded, int | float) or not 0 <= reworded <= 1:
+            raise ConfigError(f"task 'mix': reworded = {reworded!r}: a share of the questions, from 0 to 1")
         shared = options.get("options", {})
         if not isinstance(shared, Mapping):
             raise ConfigError("task 'mix': options is a table of options that all families share")
@@ -66,7 +72,9 @@ class Mixture(Task):
             raise ConfigError("task 'mix' needs options families = [{ task = \"arithmetic\", weight = 1.0 }, ...]")
         members = [_member(row, shared, f"task 'mix': family {number}") for number, row in enumerate(rows, 1)]
         _check_names(members)
-        return cls(members)
+        if reworded and all(type(member.task).wordings is Task.wordings for member in members):
+            raise ConfigError("task 'mix': reworded: these families know their questions in one wording only")
+        return cls(members, reworded)
 
     def generate(self, rng: random.Random) -> Problem:
         """Of any split; `stream` is what keeps the splits apart."""
@@ -83,7 +91,9 @@ class Mixture(Task):
             problem = next(streams[name], None)
             if problem is not None:
                 dry.discard(name)
-                yield _labelled(problem, name)
+                problem = _labelled(problem, name)
+                others = wordings_of(self, problem) if self.reworded else ()
+                yield dataclasses.replace(problem, prompt=self._asked(problem.id, problem.prompt, others))
             elif name in dry and len(self.members) > 1:
                 raise TaskError(f"mix: family {name!r} has no {split} problems; leave it out here")
             else:
@@ -111,7 +121,9 @@ class Mixture(Task):
         for member in self.members.values():
             ended = begun + n * member.weight / total
             shown = member.task.demonstrations(round(ended) - round(begun), seed)
-            found += [dataclasses.replace(each, style=f"{member.name}: {each.style}") for each in shown]
+            for number, each in enumerate(shown):
+                prompt = self._asked(f"{seed}/{number}", each.prompt, each.wordings)
+                found.append(dataclasses.replace(each, prompt=prompt, style=f"{member.name}: {each.style}"))
             begun = ended
         random.Random(f"mix/{seed}").shuffle(found)
         return found
@@ -123,7 +135,12 @@ class Mixture(Task):
         return member.task
 
     def tasks_within(self) -> Sequence[Task]:
-        return [Mixture([member]) for member in self.members.values()]
+        return [Mixture([member], self.reworded) for member in self.members.values()]
+
+    def _asked(self, key: str, prompt: str, others: Sequence[str]) -> str:
+        """`prompt`, or, for a share of all keys, one of the `others`."""
+        rng = random.Random(f"mix/wording/{key}")
+        return rng.choice(others) if rng.random() < self.reworded and others else prompt
 
     def _at(self, place: float, names: Iterable[str]) -> str:
         """The family at `place` (0..1) of the weights of `names`, laid end to end."""

@@ -43,6 +43,7 @@ from sputnik.hardware import resolve_precision
 from sputnik.tasks.base import Problem, Task, Verdict, broken_task, load_task, self_check
 from sputnik.tasks.final import final_answer
 from sputnik.tasks.verify import VerifierPool
+from sputnik.tasks.wordings import wordings_of
 from sputnik.text.quality import Readable, is_readable
 from sputnik.train.examples import digest
 from sputnik.train.guards import Guard, GuardConfig
@@ -152,7 +153,7 @@ class Collection:
         self.config, self.task, self.pool, self.model, self.out = config, task, pool, model, out
         self.rules = from_dict(Readable, config.readable, "readable")
         self.questions = task.problems("train", config.questions, config.seed)
-        if config.reworded and not any(map(self._wordings, self.questions)):
+        if config.reworded and not any(wordings_of(self.task, each) for each in self.questions):
             raise ConfigError(f"reworded: task {task.name!r} knows its questions in one wording only; leave it out")
         self.lot = max(1, ROWS // config.samples)
         self.reasons: Counter[str] = Counter()
@@ -248,15 +249,8 @@ class Collection:
     def _wording(self, problem: Problem) -> str:
         """How the question of an example stands in it: the same for all samples of a question."""
         rng = random.Random(f"wording/{self.config.seed}/{problem.id}")
-        others = self._wordings(problem) if rng.random() < self.config.reworded else ()
+        others = wordings_of(self.task, problem) if rng.random() < self.config.reworded else ()
         return rng.choice(others) if others else problem.prompt
-
-    def _wordings(self, problem: Problem) -> Sequence[str]:
-        task = self.task.task_of(problem)
-        try:
-            return task.wordings(problem)
-        except Exception as error:
-            raise broken_task(error, f"{type(task).__name__}.wordings", type(task)) from error
 
     def _sentence(self, sample: Sample) -> str:
         task = self.task.task_of(sample.problem)

@@ -11,6 +11,7 @@ from rich.console import Console
 from sputnik.errors import ConfigError
 from sputnik.recipe.recipe import Kind, read_recipe
 from sputnik.recipe.runner import StageContext, run_recipe
+from sputnik.recipe.stages import kind_of
 from tests.recipe.test_runner import KINDS, RECIPE, OnceConfig, StepsConfig, once, read, records, steps
 
 BRANCHES = (
@@ -78,6 +79,13 @@ def test_a_task_described_once_is_known_by_its_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             read(tmp_path, mistake)
+
+
+def test_a_stage_can_change_one_option_of_a_task_described_once() -> None:
+    path = Path(__file__).parents[2] / "recipes/r1.toml"
+    recipe = read_recipe(path, kind_of, ["dev1-eval.task_options.reworded=0.4"])
+    changed, plain = (recipe.stage(name).config.task_options for name in ("dev1-eval", "zero-eval"))
+    assert changed == {**plain, "reworded": 0.4} and "reworded" not in plain and len(plain["families"]) > 5
 
 
 def test_what_a_stage_reads_is_part_of_its_lineage(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from sputnik.errors import ConfigError, TaskError
 from sputnik.tasks.base import Problem, Verdict, judge, load_task, self_check
 from sputnik.tasks.ladder import RUNGS, Rung
+from sputnik.tasks.spelling import COMMON
 from sputnik.tasks.verify import VerifierPool
 
 NAMES = [f"ladder:{name}" for name in RUNGS]
@@ -202,6 +203,17 @@ def test_what_is_spelt_out_ends_as_what_is_not(name: str) -> None:
     for problem in short.problems("train", 200):
         ends = [task.outcome(task.working(problem, lambda: False)) for task in (short, spelt)]
         assert ends == [problem.gold] * 2
+
+
+@pytest.mark.parametrize("name", ["reverse", "count"])
+def test_english_words_are_real_ones_or_look_like_them(name: str) -> None:
+    task = load_task(f"ladder:{name}", {"english": True, "letters": [3, 10]})
+    problems = task.problems("train", 1000)
+    words = {problem.meta["word"] for problem in problems}
+    assert all(re.fullmatch("[a-z]{3,10}", word) for word in words)
+    assert 50 <= len(words & set(COMMON.split())) <= 400  # of 185, for the train split
+    assert sum(re.search(r"(st|th|ch|ng|tr)", word) is not None for word in words) > 150
+    assert all(reckoned(task.name, problem.prompt) == problem.gold for problem in problems)
 
 
 @pytest.mark.parametrize("name", [*NAMES, "arithmetic"])

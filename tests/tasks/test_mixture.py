@@ -1,5 +1,6 @@
 """A mixture is its families: their splits, ids, verdicts and worked examples, in the shares of the weights."""
 
+import dataclasses
 import json
 import re
 import tomllib
@@ -208,3 +209,41 @@ def test_shared_options_are_those_of_every_family_that_has_none_of_its_own() -> 
     mixed = load_task("mix", {"families": families, "options": {"count": [2, 2], "largest": 50}})
     sort, compare = (member.task for member in mixed.members.values())
     assert (sort.count, compare.count, sort.largest, compare.largest) == ((3, 3), (2, 2), 50, 50)
+
+
+def test_a_share_of_the_questions_is_asked_in_other_words() -> None:
+    families = [{"task": "arithmetic"}, {"task": "ladder:sort"}]
+    plain, other = (load_task("mix", {"families": families, "reworded": share}) for share in (0.0, 0.3))
+    before, after = (task.problems("train", 400, seed=2) for task in (plain, other))
+    assert [(each.id, each.gold, each.meta) for each in before] == [(each.id, each.gold, each.meta) for each in after]
+    changed = [(old, new) for old, new in zip(before, after) if old.prompt != new.prompt]
+    assert 80 <= len(changed) <= 160
+    assert all(new.prompt in plain.wordings(old) for old, new in changed)
+    again = {each.id: each.prompt for each in other.problems("train", 400, seed=5)}
+    assert all(again.get(each.id, each.prompt) == each.prompt for each in after)  # by the question alone
+    self_check(other)
+
+
+def test_worked_examples_are_reworded_too() -> None:
+    families = [{"task": "arithmetic"}, {"task": "ladder:sort"}]
+    plain, other = (
+        load_task("mix", {"families": families, "reworded": share}).demonstrations(400, 1) for share in (0.0, 0.5)
+    )
+    assert [dataclasses.replace(each, prompt="") for each in plain] == [
+        dataclasses.replace(each, prompt="") for each in other
+    ]
+    changed = [(old, new) for old, new in zip(plain, other) if old.prompt != new.prompt]
+    assert 150 <= len(changed) <= 250 and all(new.prompt in old.wordings for old, new in changed)
+
+
+@pytest.mark.parametrize(
+    ("families", "share", "message"),
+    [
+        ([{"task": "arithmetic"}], 1.5, "reworded = 1.5: a share of the questions, from 0 to 1"),
+        ([{"task": "arithmetic"}], "much", "a share of the questions"),
+        ([{"task": "countdown"}], 0.3, "know their questions in one wording only"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(families: list[dict[str, Any]], share: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_task("mix", {"families": families, "reworded": share})
