@@ -185,7 +185,7 @@ def _with_task(table: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]])
     own = {key: value for key, value in table.items() if key != "task"}
     if isinstance(own.get("task_options"), dict):
         own["task_options"] = found.get("task_options", {}) | own["task_options"]
-    return found | own
+    return {**found, **own}
 
 
 def _stages(
