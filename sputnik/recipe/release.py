@@ -127,6 +127,7 @@ def _facts(run: Run, model: Stage, config: ModelConfig, words: Words, result: Ev
             "n_routed_experts": config.n_routed_experts, "context": config.max_position_embeddings,
         },
         "score": _score(result),
+        "others": [_other(each, run.evaluations(model)[0]) for each in run.evaluations(model)[1:]],
         "stages": [
             {key: each[key] for key in ("name", "kind", "parent")} | {"pass_at_1": estimate(scores.get(each["name"]))}
             for each in spent
@@ -156,6 +157,15 @@ def _score(result: EvalResult) -> Facts:
     whole = dataclasses.asdict(result)
     keys = ("task", "n", "k", "decoding", "pass_at_1", "cons_at_k", "families", "best_constant", "length")
     return {key: whole[key] for key in (*keys, "truncated", "well_formed", "self_check")}
+
+
+def _other(evaluation: Stage, first: Stage) -> Facts:
+    """Another evaluation of the same model, as the run has it: how it differs from the one on the card."""
+    ours, theirs = ({**each.record["settings"]} for each in (evaluation, first))
+    inner, outer = (each.pop("task_options", {}) for each in (ours, theirs))
+    changed = {key: value for key, value in (ours | inner).items() if (theirs | outer).get(key) != value}
+    changed = {key: value for key, value in changed.items() if key not in ("scaling", "budgets")}
+    return {"name": evaluation.name, "changed": changed, "pass_at_1": estimate(evaluation)}
 
 
 def data_read(stages: list[Stage]) -> list[Facts]:

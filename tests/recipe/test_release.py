@@ -64,6 +64,15 @@ task = "arithmetic"
 questions = 4
 samples = 2
 max_tokens = 64
+[[stage]]
+name = "longer"
+kind = "eval"
+parent = "begun"
+task = "arithmetic"
+task_options = { terms = [5, 6] }
+questions = 4
+samples = 2
+max_tokens = 64
 """
 
 
@@ -74,6 +83,8 @@ def test_a_model_that_began_as_a_pretrained_one_can_be_released(tmp_path: Path) 
     facts = release(tmp_path / "runs/mine", tmp_path / "out", words)
     assert facts["data"][0]["source"] == "the model r1-mini" and not facts["foreign"]
     assert "no output of other models" in (tmp_path / "out/README.md").read_text()
+    assert [(each["name"], each["changed"]) for each in facts["others"]] == [("longer", {"terms": [5, 6]})]
+    assert "\nWith terms = [5, 6]: " in (tmp_path / "out/README.md").read_text()
     assert "deepseek_v3: 8 layers, hidden 192, 8 routed experts" in render_card(facts)
     dense = facts | {"shape": facts["shape"] | {"model_type": "llama", "n_routed_experts": None}, "foreign": True}
     text = render_card(dense)
