@@ -129,13 +129,14 @@ class Loop:
     def run(self, stage: Stage) -> None:
         """Go on to the last step. Ends earlier by Stopped, by Paused, or by DataError if the disk is full."""
         with stage_lock(self.out), deterministic(), StopSignal() as stop, contextlib.ExitStack() as on_exit:
-            on_exit.enter_context(kept_memory())
+            tidy = on_exit.enter_context(kept_memory())
             on_exit.callback(self._close_logs)
             try:
                 self._start(stage)
                 with Progress(self.out.name, self.steps, self.headline) as progress:
                     while self.done < self.steps and not stop.requested:
                         self._one_step(stage, progress)
+                        tidy()
                 if self._saved_step != self.done:
                     self._save(stage)
             except (OSError, SafetensorError) as error:
