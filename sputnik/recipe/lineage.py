@@ -11,9 +11,10 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from sputnik.train.state import JsonLines, read_jsonl, strict_json, write_json
 
 Decision = Literal["skip", "continue", "run"]
 Status = Literal["running", "stopped", "failed", "done"]
+ABSENT = "absent"
 SOURCES = (".py", ".cpp", ".h", ".toml", ".jinja", ".jsonl")
 
 
@@ -181,12 +183,20 @@ def _started(record: Record) -> str:
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """ "lr 0.001 -> 0.002" for each key that differs."""
-    return [
-        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
-        for key in sorted({*before, *after})
-        if before.get(key) != after.get(key)
-    ]
+    """ "lr 0.001 -> 0.002" for each key that differs, "families[1].weight 1 -> 2" for what lies deeper."""
+    return [f"{where} {old} -> {new}" for where, old, new in _changes("", before, after)]
+
+
+def _changes(where: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in sorted({*before, *after}):
+            inner = f"{where}.{key}" if where else key
+            yield from _changes(inner, before.get(key, ABSENT), after.get(key, ABSENT))
+    elif isinstance(before, list) and isinstance(after, list):
+        for index, (old, new) in enumerate(zip_longest(before, after, fillvalue=ABSENT)):
+            yield from _changes(f"{where}[{index}]", old, new)
+    elif before != after:
+        yield where, before, after
 
 
 def sources(package: Path) -> list[Path]:

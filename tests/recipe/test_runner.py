@@ -18,7 +18,7 @@ from rich.console import Console
 
 import sputnik
 from sputnik.errors import ConfigError, DataError
-from sputnik.recipe.lineage import Spent, sources
+from sputnik.recipe.lineage import Spent, changed_keys, sources
 from sputnik.recipe.recipe import Kind, Recipe, read_recipe
 from sputnik.recipe.runner import StageContext, run_recipe
 
@@ -172,6 +172,16 @@ def test_runs_of_an_earlier_version_go_on(tmp_path: Path) -> None:
 
     assert hash_of(before) == hash_of({"once": now}) != hash_of({"once": now}, "data.words=1")
     assert hash_of(before, "data.near=0.5") != hash_of({"once": now})
+
+
+def test_of_a_nested_setting_only_what_changed_is_told() -> None:
+    before = {"seed": 0, "task_options": {"families": [{"task": "a", "weight": 1}, {"task": "b"}]}}
+    after = {"seed": 0, "task_options": {"families": [{"task": "a", "weight": 2}], "reworded": 0.4}}
+    assert changed_keys(before, after) == [
+        "task_options.families[0].weight 1 -> 2",
+        "task_options.families[1] {'task': 'b'} -> absent",
+        "task_options.reworded absent -> 0.4",
+    ]
 
 
 def test_another_name_keeps_both(tmp_path: Path) -> None:
