@@ -202,8 +202,8 @@ def _stages(
         kind = kind_of(table["kind"])
         parent = table.get("parent", None if kind.stands_alone else above) or None
         inputs = table.get("inputs", [])
-        if not isinstance(inputs, list):
-            raise ConfigError(f"{where}: inputs must be a list of stage names")
+        if not isinstance(inputs, list) or len(set(map(str, inputs))) < len(inputs):
+            raise ConfigError(f"{where}: inputs must be a list of stage names, each of them once")
         for below in [*inputs, *([parent] if parent else [])]:
             if not isinstance(below, str) or below not in hashes:
                 raise ConfigError(f"{where}: {below!r} does not stand above it")

@@ -15,6 +15,7 @@
 Stage functions in `train/` know nothing of recipes; the functions here hand them the directories.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from rich.progress import Progress
@@ -81,9 +82,10 @@ def run_sft(config: sft.SFTConfig, context: StageContext) -> dict[str, Any]:
     """Fine-tune the parent's checkpoint on the examples of the stages it reads and of the files it names."""
     if context.parent is None:
         raise ConfigError("an sft stage needs a parent with a checkpoint; write parent = NAME")
-    files = [directory / "data.jsonl" for directory in context.inputs.values()]
-    meter = Meter(*fleet(context.recipe.hardware))
-    return sft.train_sft(config, context.parent / "checkpoint", files, context.directory, meter, context.console)
+    files = {name: directory / "data.jsonl" for name, directory in context.inputs.items()}
+    config = replace(config, repeats={str(files.get(name, name)): times for name, times in config.repeats.items()})
+    meter, checkpoint = Meter(*fleet(context.recipe.hardware)), context.parent / "checkpoint"
+    return sft.train_sft(config, checkpoint, [*files.values()], context.directory, meter, context.console)
 
 
 def run_traces(config: traces.TracesConfig, context: StageContext) -> dict[str, Any]:
@@ -148,6 +150,7 @@ KINDS = {
         sft.SFTConfig,
         run_sft,
         resumable=True,
+        added={"repeats": {}},
         outcome_free=frozenset(sft.OUTCOME_FREE),
         headline=("examples", "loss", "val_loss", "bits_per_byte"),
         makes=("checkpoint",),

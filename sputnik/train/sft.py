@@ -16,7 +16,7 @@ Left out: several processes, FP8, adapters.
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -60,6 +60,8 @@ class SFTConfig:
 
     data: tuple[str, ...] = ()
     """JSONL files of examples, beside those of the stages it reads (docs/sft.md)."""
+    repeats: Mapping[str, int] = field(default_factory=dict)
+    """How often the examples of a file, or of a stage it reads, come in each epoch; once if it is not named here."""
     template: str = "chat"
     """chat, zero, or own: the one that the model's tokenizer brings."""
     length: int | None = None
@@ -319,9 +321,7 @@ def train_sft(
 ) -> dict[str, Any]:
     """Train the model of checkpoint `parent` on `data_files` and those of the settings into `out`, or go on where a
     killed call was; a call after the last step changes nothing. Returns where the metrics ended."""
-    files = [*data_files, *map(Path, config.data)]
-    if not files:
-        raise ConfigError("no data: name JSONL files in data, or stages that make some in inputs")
+    files = _repeated([*data_files, *map(Path, config.data)], config.repeats)
     tok, console = Tokenizer.load(parent), console or Console()
     model = load_model(parent)
     check_tokenizer(model.config, tok.vocab_size, parent)
@@ -353,6 +353,19 @@ def train_sft(
     return {"examples": len(training), **{key: last[key] for key in named if key in last}}
 
 
+def _repeated(files: Sequence[Path], repeats: Mapping[str, int]) -> list[Path]:
+    """Each file as often as it is to be read."""
+    if not files:
+        raise ConfigError("no data: name JSONL files in data, or stages that make some in inputs")
+    unknown = sorted(set(repeats) - set(map(str, files)))
+    if unknown:
+        raise ConfigError(f"repeats: {unknown[0]} is not among the data; choose of {', '.join(map(str, files))}")
+    few = [f"repeats: {name} = {times}: set it above 0" for name, times in repeats.items() if times < 1]
+    if few:
+        raise ConfigError(few[0])
+    return [file for file in files for _ in range(repeats.get(str(file), 1))]
+
+
 def _announce(stage: FineTuning, data: Data, tok: Tokenizer, out: Path, meter: Meter, console: Console) -> None:
     """Say what will be trained on, and leave it in the directory."""
     for reason in itertools.islice(itertools.chain(data.bad, data.long), 5):
@@ -373,6 +386,7 @@ def _announce(stage: FineTuning, data: Data, tok: Tokenizer, out: Path, meter: M
 
 def _identity(stage: FineTuning, files: Sequence[Path], parent: Path) -> dict[str, Any]:
     """Everything the result depends on."""
-    settings = {key: value for key, value in to_dict(stage.config).items() if key not in (*OUTCOME_FREE, "data")}
+    by_files = ("data", "repeats")  # their digest says it
+    settings = {key: value for key, value in to_dict(stage.config).items() if key not in (*OUTCOME_FREE, *by_files)}
     settings["precision"] = stage.precision  # another day's measurement may decide otherwise
     return {**settings, "examples": digest(files), "parent": weights_digest(parent)}

@@ -296,6 +296,7 @@ def test_a_failing_later_stage_leaves_the_earlier_ones(tmp_path: Path) -> None:
         (['base.inputs=["after"]'], "stage 'base': 'after' does not stand above it"),
         (["base.inputs=[['data']]"], "stage 'base': ['data'] does not stand above it"),
         (["base.inputs=data"], "inputs must be a list of stage names"),
+        (["base.inputs=['data', 'data']"], "inputs must be a list of stage names, each of them once"),
         (["data.model={preset = 'tiny'}"], "a stage of kind once makes no model of its own"),
         (["base.model={preset = 'tiny', hiden_size = 96}"], "stage 'base': model: unknown key 'hiden_size'"),
         (["base.steps"], "write table.key=value"),

@@ -325,6 +325,7 @@ def test_other_settings_data_or_parent_in_the_same_directory_are_refused(
         ({"length": 1}, "length = 1"),
         ({"length": 65}, "length = 65 is over the model's context of 64"),
         ({"template": "caht"}, "unknown template 'caht'"),
+        ({"repeats": {"more.jsonl": 2}}, "repeats: more.jsonl is not among the data; choose of .*sums.jsonl"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line_and_leave_nothing(
@@ -360,6 +361,27 @@ def test_what_is_left_out_is_said_and_counted(
     assert len(told["bad_lines"]) == 1 and told["too_long"] and told["lines"] == 96 - len(told["too_long"])
     assert f"left out: {mixed}:97: not JSON" in said and f"1 bad lines, {len(told['too_long'])} too long" in said
     assert "carries loss in" in said and "what carries loss in green" in said
+
+
+def test_data_that_comes_twice_in_an_epoch_is_data_written_twice(
+    base: Base, parent: Path, data: Path, tmp_path: Path
+) -> None:
+    """A file and how often it comes are settings of the run: others are refused, the same two written out are not."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
+    settings = replace(SHORT, repeats={str(few): 3}, epochs=1)
+    figures = train_sft(settings, parent, [data, few], tmp_path / "sft", base.meter())
+    assert (
+        figures["examples"]
+        == train_sft(replace(settings, repeats={}), parent, [data, few, few, few], tmp_path / "sft", base.meter())[
+            "examples"
+        ]
+    )
+    assert json.loads((tmp_path / "sft/data.json").read_text())["lines"] == 96 + 3 * 8
+    with pytest.raises(DataError, match=r"examples was '\w+', is"):
+        train_sft(replace(settings, repeats={}), parent, [data, few], tmp_path / "sft", base.meter())
+    with pytest.raises(ConfigError, match=r"few.jsonl = 0: set it above 0"):
+        train_sft(replace(settings, repeats={str(few): 0}), parent, [data, few], tmp_path / "sft", base.meter())
 
 
 def test_the_knobs_are_few() -> None:
