@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from sputnik.engine.llm import LLM
 from sputnik.engine.params import SamplingParams
 from sputnik.engine.sample import Request
 from sputnik.errors import DataError
+from sputnik.model.checkpoint import load_model, save_model
+from sputnik.model.transformer import Transformer
 from sputnik.text.chat import render
+from sputnik.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(600)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUNBUFFERED": "1"}
@@ -27,6 +31,20 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "PYTHONUNB
 @pytest.fixture
 def conversation(checkpoint: Path) -> Conversation:
     return Conversation(LLM(checkpoint, precision="fp32", max_running=1), SamplingParams(max_tokens=24, seed=1))
+
+
+@pytest.fixture(scope="module")
+def talker(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Never comes to an end by itself, and has room to go on for seconds: keys are pressed amid an answer."""
+    tok, config = Tokenizer.load(checkpoint), load_model(checkpoint).config
+    model = Transformer(replace(config, max_position_embeddings=32_768)).init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 10.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[[tok.eos_id, tok.end_think_id], 0] = -100.0
+    folder = tmp_path_factory.mktemp("talker") / "checkpoint"
+    save_model(model, folder, tokenizer=tok)
+    return folder
 
 
 class Script:
@@ -169,8 +187,8 @@ def test_pipe_gives_one_answer_per_line(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("fold", ["--no-fold", "--fold"])
-def test_ctrl_c_stops_the_answer_and_not_the_program(checkpoint: Path, fold: str) -> None:
-    args = ["-m", "sputnik", "chat", str(checkpoint), "--max-tokens", "900", "--temperature", "2", fold]
+def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Path, fold: str) -> None:
+    args = ["-m", "sputnik", "chat", str(talker), "--max-tokens", "30000", "--temperature", "2", fold]
     terminal = pexpect.spawn(
         sys.executable, args, env=ENVIRONMENT, timeout=120, encoding="utf-8", codec_errors="replace"
     )  # type: ignore[arg-type]
@@ -201,8 +219,8 @@ def leave_by_ctrl_d(terminal: Any) -> None:
     assert terminal.exitstatus == 0
 
 
-def test_ctrl_backslash_asks_for_the_answer(checkpoint: Path) -> None:
-    args = ["-m", "sputnik", "chat", str(checkpoint), "--max-tokens", "900", "--temperature", "2", "--fold"]
+def test_ctrl_backslash_asks_for_the_answer(talker: Path) -> None:
+    args = ["-m", "sputnik", "chat", str(talker), "--max-tokens", "30000", "--temperature", "2", "--fold"]
     terminal = pexpect.spawn(
         sys.executable, args, env=ENVIRONMENT, timeout=120, encoding="utf-8", codec_errors="replace"
     )  # type: ignore[arg-type]
