@@ -17,6 +17,7 @@ import asyncio
 import functools
 import secrets
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -76,6 +77,8 @@ class Books:
         self.issued = Issued(pepper)
         self.id = secrets.token_hex(16)
         self._alive = Alive(self.database, self.id)
+        self._watch = threading.Lock()
+        """Of the thread that looks at the database, or ends that."""
         self._joined = self._listed = self._ending = False
         self._tabs: dict[str, Tab] = {}
         self._purses: dict[str, Purse] = {}
@@ -115,6 +118,10 @@ class Books:
 
     def _look(self) -> tuple[list[Any], dict[str, Purse]]:
         """Keys that have changed, and the purses of who was refused."""
+        with self._watch:
+            return self._looked() if not self._ending else ([], {})
+
+    def _looked(self) -> tuple[list[Any], dict[str, Purse]]:
         if self._alive.hold():
             self._listed = False  # who saw us without it may have taken us for dead
         if not self._listed:
@@ -269,9 +276,13 @@ class Books:
         self._note(time.monotonic())
         self.clerk.write(functools.partial(ledger.recover, gateway=self.id))
         written = await asyncio.to_thread(self.clerk.finish, seconds)
-        await asyncio.to_thread(self._alive.let_go)
-        self.database.close()
+        await asyncio.to_thread(self._leave)
         return written
+
+    def _leave(self) -> None:
+        with self._watch:  # a look that has begun would else take the lock again, and keep its connection
+            self._alive.let_go()
+            self.database.close()
 
 
 def tokens_of(tally: Tally) -> Tokens:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from sputnik.serve.books import ledger
+from sputnik.serve.books import access, ledger
 from sputnik.serve.books.alive import Alive
 from sputnik.serve.books.books import Books
 from sputnik.serve.books.clerk import Clerk
@@ -124,6 +124,32 @@ def test_a_gateway_that_lost_its_lock_is_there_again_and_takes_no_other_for_dead
             await front.until(lambda: listed(database) == [front.books.id])
             await front.until(lambda: front.books._swept > swept)
             assert Alive(database, "other").dead([front.books.id]) == []
+
+    asyncio.run(run())
+
+
+def test_a_look_that_has_begun_ends_before_the_books_are_closed(
+    make_front: Callable[..., Any], database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take the lock again, for ever, and give its connection back to a pool that is no more."""
+    looks, go, changes, pools = threading.Event(), threading.Event(), access.changes, []
+
+    async def run() -> None:
+        async with make_front() as front:
+            reader = front.books.database.reader
+
+            def slowly(*arguments: Any) -> Any:
+                pools.append(reader.pool)
+                looks.set()
+                assert go.wait(60)
+                pools.append(reader.pool)
+                return changes(*arguments)
+
+            monkeypatch.setattr(access, "changes", slowly)
+            await asyncio.to_thread(looks.wait, 60)
+            threading.Timer(0.3, go.set).start()
+        assert pools[0] is pools[1] is not reader.pool
+        assert Alive(database, "other").dead([front.books.id]) == [front.books.id]
 
     asyncio.run(run())
 
