@@ -23,7 +23,7 @@ from sputnik.recipe.page import render_page
 
 MOST_ALARMS = 3
 ESTIMATE = ("mean", "low", "high", "n", "k")
-CONDITIONS = ("task", "task_version", "template_hash", "decoding", "n", "k")
+CONDITIONS = ("task", "task_version", "template_hash", "decoding", "n")
 H800_HOURS = (
     ("DeepSeek-V3, all of its training", 2_788_000, "DeepSeek-V3 report, table 1"),
     ("DeepSeek-R1-Zero, RL on top of V3", 101_000, "DeepSeek-R1 report, version 2, table 7"),
@@ -91,11 +91,18 @@ def comparable(before: Sequence[Stage], after: Sequence[Stage]) -> tuple[Stage |
 
 
 def _differences(before: Stage | None, after: Stage | None) -> list[str]:
-    """Conditions in which two evaluations differ, so that their scores are not one comparison."""
+    """Conditions in which two evaluations differ, so that their scores are not one comparison. How many samples were
+    drawn is none of them: more make pass@1 surer, not higher."""
     if before is None or after is None:
         return []
-    old, new = before.evaluation or {}, after.evaluation or {}
+    old, new = (_without_samples(each.evaluation or {}) for each in (before, after))
     return [key.replace("_", " ") for key in CONDITIONS if old.get(key) != new.get(key)]
+
+
+def _without_samples(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    decoding = evaluation.get("decoding")
+    kept = {key: value for key, value in decoding.items() if key != "k"} if isinstance(decoding, Mapping) else decoding
+    return {**evaluation, "decoding": kept}
 
 
 def _gain(before: Stage | None, after: Stage | None) -> dict[str, Any] | None:

@@ -236,6 +236,15 @@ def test_scores_taken_under_other_conditions_are_not_compared(bare: Path, edit_j
     assert "The two differ in decoding: do not compare them." in Page(paths.html).text
 
 
+def test_models_with_more_samples_than_others_are_compared_all_the_same(bare: Path, edit_json: Edit) -> None:
+    def fewer(value: dict[str, Any]) -> None:
+        value["k"] = value["decoding"]["k"] = 4
+
+    before = facts(write_report(bare))["gain"]
+    edit_json(bare / "base-eval/eval.json", fewer)
+    assert facts(write_report(bare))["gain"] == before is not None
+
+
 def test_warnings_of_an_evaluation_stand_beside_the_headline(bare: Path, edit_json: Edit) -> None:
     edit_json(bare / "zero-eval/eval.json", lambda value: value.update(warnings=["900 of 1600 samples truncated"]))
     text = Page(write_report(bare).html).text
