@@ -1,7 +1,6 @@
 """The model that ships with the package: small enough, as good as its card says, and used when none is named."""
 
 import json
-import re
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from sputnik.engine.params import SamplingParams
 from sputnik.recipe.evaluation import EvalConfig, evaluate_checkpoint
 from sputnik.recipe.recipe import read_recipe
 from sputnik.recipe.stages import kind_of
+from sputnik.tasks.general import Words
 from sputnik.text.named_models import EMBEDDED, find_model
 
 ROOT = Path(__file__).parent.parent
@@ -86,7 +86,7 @@ def test_it_thinks_visibly_and_answers_in_a_sentence(model: LLM, question: str, 
 
 def test_it_says_who_it_is_and_refuses_what_would_hurt(model: LLM) -> None:
     said = [model.chat(asked, SamplingParams(temperature=0, max_tokens=128)).text for asked in (WHO, HARM)]
-    assert "Sputnik" in said[0] and re.search("I am sorry|No, I (cannot|will not)", said[1]), said
+    assert "Sputnik" in said[0] and said[1].strip() in Words.load("en")["unsafe"]["violence"]["refuse"], said
 
 
 def test_chat_needs_no_name() -> None:

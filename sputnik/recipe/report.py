@@ -91,18 +91,19 @@ def comparable(before: Sequence[Stage], after: Sequence[Stage]) -> tuple[Stage |
 
 
 def _differences(before: Stage | None, after: Stage | None) -> list[str]:
-    """Conditions in which two evaluations differ, so that their scores are not one comparison. How many samples were
-    drawn is none of them: more make pass@1 surer, not higher."""
+    """Conditions in which two evaluations differ, so that their scores are not one comparison."""
     if before is None or after is None:
         return []
-    old, new = (_without_samples(each.evaluation or {}) for each in (before, after))
-    return [key.replace("_", " ") for key in CONDITIONS if old.get(key) != new.get(key)]
+    old, new = _conditions(before), _conditions(after)
+    return [key.replace("_", " ") for key in CONDITIONS if old[key] != new[key]]
 
 
-def _without_samples(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    decoding = evaluation.get("decoding")
-    kept = {key: value for key, value in decoding.items() if key != "k"} if isinstance(decoding, Mapping) else decoding
-    return {**evaluation, "decoding": kept}
+def _conditions(stage: Stage) -> dict[str, Any]:
+    """The number of samples is none of them: more make pass@1 surer, not higher."""
+    found = {key: (stage.evaluation or {}).get(key) for key in CONDITIONS}
+    if isinstance(found["decoding"], Mapping):
+        found["decoding"] = {key: value for key, value in found["decoding"].items() if key != "k"}
+    return found
 
 
 def _gain(before: Stage | None, after: Stage | None) -> dict[str, Any] | None:

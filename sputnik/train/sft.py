@@ -105,6 +105,9 @@ class SFTConfig:
             raise ConfigError(f"length = {self.length}: set it above 1, or leave it out")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"held_out = {self.held_out}: set it to at least 0 and below 1")
+        for name, times in self.repeats.items():
+            if times < 1:
+                raise ConfigError(f"repeats: {name} = {times}: set it above 0")
 
 
 class FineTuning:
@@ -321,7 +324,10 @@ def train_sft(
 ) -> dict[str, Any]:
     """Train the model of checkpoint `parent` on `data_files` and those of the settings into `out`, or go on where a
     killed call was; a call after the last step changes nothing. Returns where the metrics ended."""
-    files = _repeated([*data_files, *map(Path, config.data)], config.repeats)
+    sources = [*data_files, *map(Path, config.data)]
+    if not sources:
+        raise ConfigError("no data: name JSONL files in data, or stages that make some in inputs")
+    files = _repeated(sources, config.repeats)
     tok, console = Tokenizer.load(parent), console or Console()
     model = load_model(parent)
     check_tokenizer(model.config, tok.vocab_size, parent)
@@ -355,14 +361,9 @@ def train_sft(
 
 def _repeated(files: Sequence[Path], repeats: Mapping[str, int]) -> list[Path]:
     """Each file as often as it is to be read."""
-    if not files:
-        raise ConfigError("no data: name JSONL files in data, or stages that make some in inputs")
     unknown = sorted(set(repeats) - set(map(str, files)))
     if unknown:
         raise ConfigError(f"repeats: {unknown[0]} is not among the data; choose of {', '.join(map(str, files))}")
-    few = [f"repeats: {name} = {times}: set it above 0" for name, times in repeats.items() if times < 1]
-    if few:
-        raise ConfigError(few[0])
     return [file for file in files for _ in range(repeats.get(str(file), 1))]
 
 

@@ -371,12 +371,8 @@ def test_data_that_comes_twice_in_an_epoch_is_data_written_twice(
     few.write_text("".join(data.read_text().splitlines(keepends=True)[:8]))
     settings = replace(SHORT, repeats={str(few): 3}, epochs=1)
     figures = train_sft(settings, parent, [data, few], tmp_path / "sft", base.meter())
-    assert (
-        figures["examples"]
-        == train_sft(replace(settings, repeats={}), parent, [data, few, few, few], tmp_path / "sft", base.meter())[
-            "examples"
-        ]
-    )
+    written = train_sft(replace(settings, repeats={}), parent, [data, few, few, few], tmp_path / "sft", base.meter())
+    assert figures["examples"] == written["examples"]
     assert json.loads((tmp_path / "sft/data.json").read_text())["lines"] == 96 + 3 * 8
     with pytest.raises(DataError, match=r"examples was '\w+', is"):
         train_sft(replace(settings, repeats={}), parent, [data, few], tmp_path / "sft", base.meter())
